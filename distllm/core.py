@@ -1,0 +1,245 @@
+"""The frozen nouns that every floor stands on.
+
+Knows no torch, no network, no configuration file and no clock: plain values that compare, hash and pickle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(RuntimeError):
+    """The engine has ended and took the running requests with it; the message says who or what ended it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to pick the tokens of one request.
+
+    Args:
+        max_tokens: most tokens to generate, at least 1.
+        temperature: 0 picks the likeliest token (greedy); otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probabilities reach p, in (0, 1].
+        min_p: drop tokens less likely than min_p times the likeliest, in [0, 1).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen before (CTRL, 2019); 1 is off.
+        seed: makes sampling repeatable; None draws one when the request is accepted.
+        stop: strings that end the text; they are not part of it.
+        ignore_eos: go on to max_tokens whatever the model says.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        stop: Iterable[str] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", tuple(stop))
+        rules = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 and less than 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"sampling.{name}={getattr(self, name)!r}: it must be {rule}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt to continue: `tokens` is the prompt, `eos_ids` are the ids that end the text."""
+
+    id: int
+    tokens: tuple[int, ...]
+    params: SamplingParams
+    eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What became of one prompt.
+
+    `prompt` is as it was given: a text, token ids, or chat messages.
+    """
+
+    index: int
+    prompt: object
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A bit of streamed text; the last one of a request has its finish reason."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The half-open range of decoder layers [start, stop), and whether the ends of the model belong to it."""
+
+    start: int
+    stop: int
+    embed: bool = False
+    head: bool = False
+
+    @property
+    def layers(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.layers or self.embed or self.head)
+
+    def __str__(self) -> str:
+        middle = f"layers {self.start}-{self.stop - 1}" if self.layers else ""
+        parts = ("embeddings" if self.embed else "", middle, "head" if self.head else "")
+        return " + ".join(part for part in parts if part) or "nothing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """What the parts of a model weigh; lengths in layers, sizes in bytes.
+
+    `tied_bytes` is the part of `head_bytes` that a rank does not hold twice when it also has the embeddings.
+    `kv_bytes` is per layer and token. `layer_work` and `head_work` are in any one unit of time per step.
+    """
+
+    layer_bytes: tuple[int, ...]
+    embed_bytes: int
+    head_bytes: int
+    tied_bytes: int
+    kv_bytes: tuple[int, ...]
+    layer_work: tuple[float, ...]
+    head_work: float
+    context_length: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_bytes)
+
+    def weight_bytes(self, span: Span) -> int:
+        """Bytes of weights that a rank with this span holds."""
+        total = sum(self.layer_bytes[span.start : span.stop])
+        total += self.embed_bytes * span.embed + self.head_bytes * span.head
+        return total - self.tied_bytes * (span.embed and span.head)
+
+    def kv_bytes_per_token(self, span: Span) -> int:
+        return sum(self.kv_bytes[span.start : span.stop])
+
+    def work(self, span: Span) -> float:
+        return sum(self.layer_work[span.start : span.stop]) + self.head_work * span.head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A rank that has registered with the master; `life` is unique to the process life.
+
+    `memory_bytes` is what this rank may use of its host's free memory, or of its GPU's; `speed` is relative to other
+    members. `pid_namespace` and `started` (seconds since 1970) tell whether a pid seen elsewhere is this process.
+    """
+
+    life: str
+    rank: int
+    host: str
+    boot_id: str
+    pid: int
+    pid_namespace: str = ""
+    started: float = 0.0
+    gpus: int = 0
+    device: str = "cpu"
+    memory_bytes: int
+    cores: int
+    versions: tuple[tuple[str, str], ...] = ()
+    speed: float = 1.0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One position of the pipeline and what it holds."""
+
+    rank: int
+    span: Span
+    weight_bytes: int
+    kv_bytes: int
+    work_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Who holds what. `stages` is in ring order, rank 0 first; `idle` ranks hold nothing."""
+
+    stages: tuple[Stage, ...]
+    idle: tuple[int, ...]
+    kv_tokens: int
+
+    def stage_of(self, rank: int) -> Stage | None:
+        return next((stage for stage in self.stages if stage.rank == rank), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One request's part in a step.
+
+    `tokens` start at position `start`; the request's KV lies in `runs`, pairs of (first block, blocks) in order of
+    position. `samples` says that a token is wanted after the last one. `params` comes with a request's first row of
+    an epoch and tells the last stage to start its history in `slot` anew.
+    """
+
+    request: int
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...]
+    samples: bool
+    params: SamplingParams | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of one batch through all stages."""
+
+    id: int
+    rows: tuple[Row, ...] = field(default=())
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)

@@ -1,0 +1,260 @@
+"""The master's view of the other ranks: who has registered, what each is doing, and who is to blame.
+
+Speaks to them by the verbs of the worker, always with a deadline. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+
+import psutil
+
+from distllm.core import EngineError, Member
+from distllm.engine import host
+from distllm.engine.loading import Loaded
+from distllm.engine.local import LocalRanks
+from distllm.engine.orders import Registration, Status
+from distllm.net.control import AgentId, Answer, Peer, PeerLost, expose
+from distllm.net.node import Node
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+ORDER_TIMEOUT_S = 20.0
+VERDICT_TIMEOUT_S = 1.5
+
+
+class Registrar:
+    """Takes registrations, on RPC threads."""
+
+    def __init__(self, me: Member) -> None:
+        self._me = me
+        self._lock = threading.Lock()
+        self._taken: dict[int, Registration] = {}
+        self._refused: str | None = None
+
+    def register(self, registration: Registration) -> str | None:
+        """Returns the reason if the rank is refused."""
+        member = registration.member
+        theirs, mine = dict(member.versions), dict(self._me.versions)
+        differing = [name for name in mine if theirs.get(name) != mine[name]]
+        refusal = None
+        if differing:
+            name = differing[0]
+            refusal = f"it has {name} {theirs.get(name)}, the master {mine[name]}; install the same version on both"
+        with self._lock:
+            if refusal is None and member.rank in self._taken:
+                refusal = f"rank {member.rank} is {self._taken[member.rank].member} already"
+            if refusal is None:
+                self._taken[member.rank] = registration
+            else:
+                self._refused = f"{member} was refused: {refusal}"
+        return refusal
+
+    def knows(self, life: str) -> bool:
+        """Whether this process life belongs to the job; asking proves that the master lives."""
+        with self._lock:
+            return any(each.member.life == life for each in self._taken.values())
+
+    def taken(self) -> dict[int, Registration]:
+        """
+        Raises:
+            EngineError: a rank was refused.
+        """
+        with self._lock:
+            if self._refused:
+                raise EngineError(self._refused)
+            return dict(self._taken)
+
+
+class Cluster:
+    """All ranks of a job, as rank 0 sees them.
+
+    Raises:
+        EngineError: a rank did not register in time, ended before, or was refused.
+    """
+
+    def __init__(self, node: Node, local: LocalRanks | None, world_size: int, *, join_timeout_s: float) -> None:
+        self.node = node
+        self._local = local
+        self._me = replace(host.describe(0), life=node.life)
+        registrar = Registrar(self._me)
+        expose("master", registrar)
+        node.lead()
+        registrations = self._gather(registrar, world_size, join_timeout_s)
+        self.members = {0: self._me} | {rank: each.member for rank, each in sorted(registrations.items())}
+        self._identities: dict[int, AgentId] = {rank: each.identity for rank, each in registrations.items()}
+        self._peers = {rank: Peer(identity, "worker") for rank, identity in self._identities.items()}
+
+    def _gather(self, registrar: Registrar, world_size: int, timeout_s: float) -> dict[int, Registration]:
+        wanted = set(range(1, world_size))
+        deadline = time.monotonic() + timeout_s
+        while missing := wanted - registrar.taken().keys():
+            for rank in missing if self._local else ():
+                if ended := self._local.ended(rank):  # type: ignore[union-attr]
+                    raise EngineError(f"rank {rank} {ended} before it registered")
+            if time.monotonic() > deadline:
+                raise EngineError(f"ranks {sorted(missing)} did not register within {timeout_s:g} s; did they start?")
+            time.sleep(POLL_S / 2)
+        return registrar.taken()
+
+    def shared_out(self, memory_fraction: float) -> list[Member]:
+        """Members by rank; the memory and cores of a host are divided among its ranks, and GPUs dealt out."""
+        by_host: dict[str, list[Member]] = {}
+        for member in self.members.values():
+            by_host.setdefault(member.boot_id, []).append(member)
+        shares = []
+        for together in by_host.values():
+            free = min(member.memory_bytes for member in together)
+            for index, member in enumerate(together):
+                shares.append(
+                    replace(
+                        member,
+                        memory_bytes=int(free * memory_fraction) // len(together),
+                        cores=max(1, member.cores // len(together)),
+                        device=f"cuda:{index}" if index < member.gpus else "cpu",
+                    )
+                )
+        return sorted(shares, key=lambda member: member.rank)
+
+    def order(self, verb: str, orders: Mapping[int, object]) -> None:
+        """Gives each rank its order.
+
+        Raises:
+            EngineError: a rank did not take it; names it.
+        """
+        for rank, answer in self._ask(verb, orders, ORDER_TIMEOUT_S).items():
+            if isinstance(answer, PeerLost):
+                raise self.lost({rank: answer.reason}, {})
+
+    def forget(self, epoch: int) -> None:
+        """Tells all ranks to unload; one that does not hear it is found out by the next order."""
+        self._ask("unload", dict.fromkeys(self._peers, epoch), VERDICT_TIMEOUT_S)
+
+    def _ask(self, verb: str, arguments: Mapping[int, object], timeout_s: float) -> dict[int, object]:
+        """Calls a verb of several ranks at once: each one's answer, or the PeerLost that came instead."""
+        asked: dict[int, Answer | PeerLost] = {}
+        for rank, argument in arguments.items():
+            try:
+                asked[rank] = self._peers[rank].ask(verb, *(() if argument is None else (argument,)), timeout_s=timeout_s)
+            except PeerLost as lost:
+                asked[rank] = lost
+        return {rank: _heard(answer) for rank, answer in asked.items()}
+
+    def statuses(self, ranks: Iterable[int], timeout_s: float) -> dict[int, Status | PeerLost]:
+        """What each rank says of itself now."""
+        said = self._ask("status", dict.fromkeys(ranks), timeout_s)
+        return {rank: answer for rank, answer in said.items() if isinstance(answer, Status | PeerLost)}
+
+    def wait_done(
+        self,
+        epoch: int,
+        ranks: Iterable[int],
+        *,
+        still_s: float,
+        deadline_s: float,
+        seen: Callable[[dict[int, Status]], None],
+        unless: Future[Loaded],
+    ) -> None:
+        """Waits until the ranks have carried out their orders.
+
+        Args:
+            still_s: longest time that a rank may make no progress.
+            deadline_s: longest time that a rank may not answer.
+            seen: called with what the ranks say, for progress bars.
+            unless: what rank 0 does meanwhile; if it fails, there is no point in waiting.
+
+        Raises:
+            EngineError: a rank is lost, stands still or failed; names it.
+        """
+        waiting = set(ranks)
+        told: dict[int, Status] = {}
+        while waiting and not (unless.done() and unless.exception()):
+            for rank, status in self.statuses(waiting, deadline_s).items():
+                if isinstance(status, PeerLost):
+                    raise self.lost({rank: status.reason}, {})
+                told[rank] = status
+                if status.failure:
+                    raise EngineError(f"{self.members[rank]}: {status.failure}")
+                if status.epoch == epoch and status.done:
+                    waiting.discard(rank)
+                elif status.still_s > still_s:
+                    raise EngineError(f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s")
+            seen(told)
+            if waiting:
+                time.sleep(POLL_S)
+
+    def verdict(self, broken: Exception, ring: list[int], last_step: int) -> EngineError:
+        """Finds out who broke a ring.
+
+        Args:
+            ring: ranks in ring order.
+            last_step: the last step that came home.
+        """
+        others = [rank for rank in ring if rank != 0]
+        said = self.statuses(others, VERDICT_TIMEOUT_S)
+        gone = {rank: status.reason for rank, status in said.items() if isinstance(status, PeerLost)}
+        heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
+        if gone:
+            return self.lost(gone, _finished(ring, heard, last_step))
+        for rank, status in heard.items():
+            if status.failure and "receiving from" not in status.failure and "sending to" not in status.failure:
+                return EngineError(f"{self.members[rank]} failed at step {status.received}: {status.failure}")
+        busy = {rank: status for rank, status in heard.items() if not status.done and status.received > status.finished}
+        for rank, status in busy.items():
+            return EngineError(
+                f"{self.members[rank]} hangs in step {status.received} for {status.still_s:.0f} s; "
+                f"the last step it finished is {status.finished}"
+            )
+        return EngineError(f"the ring broke although every rank answers: {broken}; is a link between two hosts down?")
+
+    def lost(self, reasons: Mapping[int, str], finished: Mapping[int, int]) -> EngineError:
+        """The verdict on ranks that do not answer; those that hang on this host are killed."""
+        sentences = []
+        for rank, reason in sorted(reasons.items()):
+            ended = self._local.ended(rank) if self._local else None
+            killed = "" if ended else self._kill(self.members[rank])
+            step = f"; the last step it finished is {finished[rank]}" if rank in finished else ""
+            sentences.append(f"{self.members[rank]} is lost: {ended or reason}{killed}{step}")
+        return EngineError("; ".join(sentences))
+
+    def _kill(self, member: Member) -> str:
+        """Kills a process of this host that does not answer, if it is certainly that one."""
+        same_host = (member.boot_id, member.pid_namespace) == (self._me.boot_id, self._me.pid_namespace)
+        try:
+            if not same_host or abs(psutil.Process(member.pid).create_time() - member.started) > 0.01:
+                return ""
+            os.kill(member.pid, signal.SIGKILL)
+        except (psutil.Error, ProcessLookupError, PermissionError):
+            return ""
+        return ", so the master killed it"
+
+    def stop(self, code: int) -> None:
+        """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
+        self._ask("stop", dict.fromkeys(self._peers, code), VERDICT_TIMEOUT_S)
+        if self._local:
+            self._local.end()
+            self.node.agent.bury(list(self._identities.values()))
+
+
+def _heard(answer: Answer | PeerLost) -> object:
+    try:
+        return answer if isinstance(answer, PeerLost) else answer.wait()
+    except PeerLost as lost:
+        logger.debug("no answer: %s", lost)
+        return lost
+
+
+def _finished(ring: list[int], heard: Mapping[int, Status], last_step: int) -> dict[int, int]:
+    """The last step that each rank of a ring has surely finished: its successor has received it."""
+    after = dict(zip(ring, ring[1:], strict=False))
+    return {
+        rank: max(last_step, heard[after[rank]].received if after.get(rank) in heard else -1) for rank in ring if rank != 0
+    }

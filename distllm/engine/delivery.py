@@ -1,0 +1,43 @@
+"""From sampled tokens to the text that a caller gets: characters, stop strings, the end.
+
+One for each request, used by the engine's thread; the pieces go to whoever asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from distllm.core import FinishReason, Piece, Request
+from distllm.model.stop import StopStrings
+from distllm.model.tokenizer import Detokenizer, Tokenizer
+
+Sink = Callable[[Piece | Exception], None]
+
+
+class Delivery:
+    """The answer to one request as it grows."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, sink: Sink) -> None:
+        self.request = request
+        self._detokenizer = Detokenizer(tokenizer, request.tokens)
+        self._stops = StopStrings(request.params.stop)
+        self._sink = sink
+
+    def push(self, token: int, reason: FinishReason | None) -> bool:
+        """Takes the next token and hands on the text that is certain; True if a stop string ends the answer here."""
+        ends_by_token = reason == "stop"
+        text, stopped = self._stops.push("" if ends_by_token else self._detokenizer.push(token))
+        if reason is not None and not stopped:
+            text, stopped = self._finish(text)
+        if stopped:
+            reason = "stop"
+        self._sink(Piece(text, (token,), reason))
+        return stopped
+
+    def _finish(self, text: str) -> tuple[str, bool]:
+        rest, stopped = self._stops.push(self._detokenizer.flush())
+        return text + rest + ("" if stopped else self._stops.flush()), stopped
+
+    def fail(self, error: Exception) -> None:
+        """Tells the caller that there will be no more."""
+        self._sink(error)

@@ -1,0 +1,73 @@
+"""What a process keeps between models: its node in the network, and the ranks that a launcher gave it.
+
+torch allows one RPC agent in a process life, so the second model of a process uses the first one's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+from dataclasses import replace
+
+from torch.distributed import TCPStore
+
+from distllm.config import ClusterConfig
+from distllm.engine.cluster import Cluster
+from distllm.engine.local import LocalRanks
+from distllm.net import address, store
+from distllm.net.node import Node
+from distllm.net.store import Rendezvous
+
+logger = logging.getLogger(__name__)
+
+
+class Home:
+    """The one of this process is `home`."""
+
+    def __init__(self) -> None:
+        self._store: TCPStore | None = None
+        self._node: Node | None = None
+        self._launched: Cluster | None = None
+
+    def start(self, config: ClusterConfig) -> Cluster:
+        """Starts `config.workers` ranks in all on this host, this process being rank 0.
+
+        Raises:
+            ValueError, EngineError: they do not come up; the sentence says why.
+        """
+        if self._node is None:
+            self._store, port = store.serve_on_loopback()
+            rendezvous = Rendezvous(
+                rank=0, world_size=config.workers, host=address.LOOPBACK, port=port, job="local", one_host=True
+            )
+            self._node = Node(rendezvous, None, config.join_timeout_s)
+        rendezvous = replace(self._node.rendezvous, world_size=config.workers)
+        local = LocalRanks(rendezvous, join_timeout_s=config.join_timeout_s, deadline_s=config.deadline_s)
+        try:
+            return Cluster(self._node, local, config.workers, join_timeout_s=config.join_timeout_s)
+        except BaseException:
+            local.end()
+            raise
+
+    def lead(self, rendezvous: Rendezvous, config: ClusterConfig) -> Cluster:
+        """The ranks that a launcher started; they stay until this process ends.
+
+        Raises:
+            ValueError, EngineError: they do not come up; the sentence says why.
+        """
+        if self._launched is None:
+            self._node = Node(rendezvous, config.interface, config.join_timeout_s)
+            self._launched = Cluster(self._node, None, rendezvous.world_size, join_timeout_s=config.join_timeout_s)
+            atexit.register(self.dismiss)
+        return self._launched
+
+    def dismiss(self, code: int | None = None) -> None:
+        """Ends the launched ranks, with an exit code that says how this process ends."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            failed = getattr(sys, "last_value", None) is not None
+            launched.stop(int(failed) if code is None else code)
+
+
+home = Home()

@@ -1,0 +1,259 @@
+"""From options to a running engine: look the model through, plan, load, form the ring, and balance it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
+
+import torch
+from tqdm import tqdm
+
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
+from distllm.core import EngineError, Member, ModelSizes, Plan
+from distllm.engine import host
+from distllm.engine.calibrate import Timing, time_stages
+from distllm.engine.cluster import POLL_S, Cluster
+from distllm.engine.loading import Loaded, load
+from distllm.engine.orders import JoinOrder, LoadOrder, Status
+from distllm.engine.pipeline import Pipeline
+from distllm.model.blueprint import Blueprint
+from distllm.net.wire import WireBroken
+from distllm.plan.partition import PlanWish, human_bytes, measured, partition, rebalanced
+
+logger = logging.getLogger(__name__)
+
+WORKSPACE_BYTES = 100 * 10**6
+PROGRESS_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The sections of the configuration that make an engine."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+class Job:
+    """One model on one set of ranks.
+
+    Args:
+        cluster: the other ranks; None if this process is alone.
+
+    Raises:
+        ValueError: the model cannot be used or does not fit; the sentence says why.
+    """
+
+    def __init__(self, options: Options, blueprint: Blueprint, cluster: Cluster | None) -> None:
+        self.options = options
+        self.blueprint = blueprint
+        self._cluster = cluster
+        self.members: Sequence[Member] = _members(cluster, options.plan.memory_fraction)
+        self.sizes: ModelSizes = blueprint.sizes
+        self.wish = _wish(options, blueprint.sizes)
+        self.plan: Plan = partition(self.members, self.sizes, self.wish)
+        self._epoch = 0
+        self._loaded: Loaded | None = None
+
+    @property
+    def name(self) -> str:
+        return self.options.model.name or self.blueprint.checkpoint.path.name
+
+    @property
+    def others(self) -> list[int]:
+        """Ranks that hold something, but for rank 0."""
+        return [stage.rank for stage in self.plan.stages[1:]]
+
+    def start(self) -> Pipeline:
+        """Loads every rank's part and forms the ring; balances it by what the stages then take.
+
+        Raises:
+            ValueError: this rank's files cannot be read.
+            EngineError: another rank is lost or cannot load; names it.
+        """
+        self._tell(self.plan)
+        pipeline = self._form(self.plan)
+        if self._cluster is None or self.options.plan.strategy != "balanced" or not self.options.plan.calibrate:
+            return pipeline
+        return self._balanced(pipeline)
+
+    def _balanced(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline, or a better one if the stages' measured times say so."""
+        try:
+            timing = time_stages(pipeline, self.options.engine)
+        except WireBroken as broken:
+            raise pipeline.verdict(broken) from broken
+        better = self._better(timing)
+        if better is None:
+            return pipeline
+        logger.info("moving layers between ranks to even out the measured times")
+        with pipeline:
+            pass
+        self.plan = better
+        self._tell(better)
+        return self._form(better)
+
+    def _better(self, timing: Timing) -> Plan | None:
+        sizes, members = measured(
+            self.sizes,
+            self.plan,
+            self.members,
+            layer_seconds=timing.layer_seconds,
+            head_seconds=timing.head_seconds,
+        )
+        return rebalanced(self.plan, members, sizes, self.wish, min_gain=self.options.plan.min_gain)
+
+    def _tell(self, plan: Plan) -> None:
+        for member in self.members:
+            stage = plan.stage_of(member.rank)
+            if stage is None:
+                logger.info("%s holds nothing: the model has fewer parts than the job has ranks", member)
+            else:
+                logger.info("%s holds %s, %s", member, stage.span, human_bytes(stage.weight_bytes))
+
+    def _form(self, plan: Plan) -> Pipeline:
+        """One epoch: every member of the plan loads, then all join one ring."""
+        orders = self._orders(plan)
+        others = [stage.rank for stage in plan.stages[1:]]
+        torch.set_num_threads(orders[0].threads)
+        with LoadProgress(sum(stage.weight_bytes for stage in plan.stages)) as progress:
+            if self._cluster is not None:
+                self._cluster.order("load", {rank: orders[rank] for rank in others})
+            mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self._loaded))
+            self._wait(others, mine, progress)
+        self._loaded = mine.result()
+        return self._join(self._loaded, others)
+
+    def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
+        still_s = self.options.cluster.load_timeout_s
+        if self._cluster is not None:
+            deadline_s = self.options.cluster.deadline_s
+            self._cluster.wait_done(
+                self._epoch, others, still_s=still_s, deadline_s=deadline_s, seen=progress.see, unless=mine
+            )
+        while not mine.done():
+            if progress.still_s > still_s:
+                raise EngineError(f"rank 0 stands still while loading for {progress.still_s:.0f} s")
+            wait([mine], timeout=POLL_S)
+
+    def _join(self, loaded: Loaded, others: list[int]) -> Pipeline:
+        cluster = self._cluster
+        if cluster is None or not others:
+            return Pipeline(loaded, None, cluster)
+        cluster.order("join", dict.fromkeys(others, JoinOrder(self._epoch)))
+        try:
+            wire = cluster.node.wire(
+                self._epoch,
+                position=0,
+                size=len(others) + 1,
+                receive_bytes=loaded.frame_bytes,
+                deadline_s=self.options.cluster.deadline_s,
+            )
+        except WireBroken as broken:
+            raise cluster.verdict(broken, [0, *others], -1) from broken
+        return Pipeline(loaded, wire, cluster)
+
+    def _orders(self, plan: Plan) -> dict[int, LoadOrder]:
+        self._epoch = self._cluster.node.new_epoch() if self._cluster else self._epoch + 1
+        order = LoadOrder(
+            epoch=self._epoch,
+            plan=plan,
+            model=self.options.model,
+            engine=self.options.engine,
+            fingerprint=self.blueprint.checkpoint.fingerprint,
+            device="cpu",
+            threads=1,
+            deadline_s=self.options.cluster.deadline_s,
+        )
+        threads = self.options.cluster.threads
+        return {
+            member.rank: replace(order, device=member.device, threads=threads or member.cores)
+            for member in self.members
+        }
+
+    def unload(self) -> None:
+        """Tells the other ranks to forget the model; they stay for the next one."""
+        self._loaded = None
+        if self._cluster is not None:
+            self._cluster.forget(self._cluster.node.new_epoch())
+
+
+def _members(cluster: Cluster | None, memory_fraction: float) -> list[Member]:
+    if cluster is not None:
+        return cluster.shared_out(memory_fraction)
+    me = host.describe(0)
+    return [replace(me, memory_bytes=int(me.memory_bytes * memory_fraction))]
+
+
+def _wish(options: Options, sizes: ModelSizes) -> PlanWish:
+    engine = options.engine
+    return PlanWish(
+        strategy=options.plan.strategy,
+        layers=None if options.plan.layers is None else tuple(options.plan.layers),
+        kv_tokens=engine.kv_tokens,
+        kv_tokens_wanted=engine.max_requests * sizes.context_length,
+        kv_tokens_needed=min(engine.prompt_chunk, sizes.context_length),
+        workspace_bytes=WORKSPACE_BYTES,
+        block_tokens=engine.block_tokens,
+    )
+
+
+def in_thread(action: Callable[[], Loaded]) -> Future[Loaded]:
+    """Loads beside the caller; a process that ends does not wait for it."""
+    future: Future[Loaded] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="distllm-load", daemon=True).start()
+    return future
+
+
+class LoadProgress:
+    """A bar for the bytes that all ranks have read."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, desc="loading", delay=PROGRESS_AFTER_S, leave=False, disable=None
+        )
+        self._lock = threading.Lock()
+        self._mine = 0
+        self._others = 0
+        self._progressed = time.monotonic()
+
+    def add_mine(self, nbytes: int) -> None:
+        with self._lock:
+            self._mine += nbytes
+            self._progressed = time.monotonic()
+            self._show()
+
+    def see(self, told: Mapping[int, Status]) -> None:
+        with self._lock:
+            self._others = sum(status.loaded_bytes for status in told.values())
+            self._show()
+
+    def _show(self) -> None:
+        self._bar.n = min(self._mine + self._others, self._bar.total)
+        self._bar.refresh()
+
+    @property
+    def still_s(self) -> float:
+        """Seconds since rank 0 read anything."""
+        return time.monotonic() - self._progressed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()

@@ -1,0 +1,78 @@
+"""From a load order to a rank that is ready for the ring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from distllm.engine.orders import LoadOrder
+from distllm.model import source
+from distllm.model.blueprint import Blueprint
+from distllm.model.runner import Runner
+from distllm.net import frame as frames
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a rank holds after an order; `position` is its place in the ring."""
+
+    order: LoadOrder
+    blueprint: Blueprint
+    runner: Runner
+    position: int
+    frame_bytes: int
+
+
+def load(order: LoadOrder, rank: int, progress: Callable[[int], None], known: Loaded | None = None) -> Loaded:
+    """Reads what the order's plan gives to a rank.
+
+    Args:
+        progress: called with bytes read, from any thread.
+        known: what the rank held before; the same model is not looked through again.
+
+    Raises:
+        ValueError: the files are missing, broken, or not those of the master.
+    """
+    if known is not None and known.order.fingerprint == order.fingerprint:
+        blueprint = known.blueprint
+    else:
+        blueprint = open_blueprint(order)
+    engine = order.engine
+    runner = blueprint.load(
+        order.plan,
+        rank,
+        block_tokens=engine.block_tokens,
+        max_requests=engine.max_requests,
+        device=torch.device(order.device),
+        progress=progress,
+    )
+    assert runner is not None, f"rank {rank} has no part in the plan"
+    position = [stage.rank for stage in order.plan.stages].index(rank)
+    return Loaded(order, blueprint, runner, position, frame_bytes(order, blueprint))
+
+
+def open_blueprint(order: LoadOrder) -> Blueprint:
+    """
+    Raises:
+        ValueError: this host's files are missing, broken, or not those of the master.
+    """
+    folder = source.folder(order.model)
+    blueprint = Blueprint(folder, dtype=order.model.dtype, context_length=order.model.context_length)
+    if blueprint.checkpoint.fingerprint != order.fingerprint:
+        raise ValueError(f"{folder}: is not the master's model: names, shapes or configuration differ; copy it again")
+    return blueprint
+
+
+def frame_bytes(order: LoadOrder, blueprint: Blueprint) -> int:
+    """The size of the largest frame that a step can need."""
+    engine = order.engine
+    return frames.largest_bytes(
+        rows=engine.max_requests,
+        tokens=engine.prompt_chunk + engine.max_requests,
+        runs=order.plan.kv_tokens // engine.block_tokens + engine.max_requests,
+        stages=len(order.plan.stages),
+        width=blueprint.hidden_size,
+        item_bytes=blueprint.dtype.itemsize,
+    )

@@ -1,0 +1,163 @@
+"""The master's step loop: requests in, steps round the ring, tokens out.
+
+One thread owns the scheduler, rank 0's shard and the wire; callers meet it in its inbox and in their sinks.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from distllm.core import EngineError
+from distllm.engine.delivery import Delivery
+from distllm.engine.pipeline import Pipeline
+from distllm.engine.stats import Stats
+from distllm.net.wire import WireBroken
+from distllm.plan.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+# No honest step may come near the deadline: prompt chunks are halved when a stage takes this share of it.
+SLOW_SHARE = 0.25
+END_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The caller of a request does not want it any more."""
+
+    request: int
+
+
+class Master:
+    """Runs the requests of one model on one pipeline until it is closed or the pipeline breaks."""
+
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int) -> None:
+        self._pipeline = pipeline
+        self._scheduler = scheduler
+        self._chunk = prompt_chunk
+        self._inbox: queue.SimpleQueue[Delivery | Cancel | None] = queue.SimpleQueue()
+        self._deliveries: dict[int, Delivery] = {}
+        self._closing = False
+        self._lock = threading.Lock()
+        self._failure: EngineError | None = None
+        self.stats = Stats()
+        self._thread = threading.Thread(target=self._run, name="distllm-master", daemon=True)
+        self._thread.start()
+
+    @property
+    def kv_blocks_used(self) -> int:
+        return self._scheduler.kv_blocks_used
+
+    @property
+    def requests(self) -> int:
+        """Requests that wait or run."""
+        return self._scheduler.waiting + self._scheduler.running
+
+    def submit(self, delivery: Delivery) -> None:
+        """Queues a request; its pieces, or the error that ends it, go to its sink.
+
+        Raises:
+            EngineError: the engine has ended.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._inbox.put(delivery)
+
+    def cancel(self, request: int) -> None:
+        """Ends a request early; its sink hears no more."""
+        self._inbox.put(Cancel(request))
+
+    def close(self) -> None:
+        """Ends the epoch; what runs is given up."""
+        self._inbox.put(None)
+        self._thread.join(END_TIMEOUT_S + self._pipeline.deadline_s)
+
+    def failure(self, timeout_s: float) -> EngineError | None:
+        """Why the engine ended, waiting for the verdict if it is being found."""
+        self._thread.join(timeout_s)
+        return self._failure
+
+    def _run(self) -> None:
+        """The thread; this is the edge at which whatever ended the engine is told to every caller."""
+        error: EngineError | None = None
+        torch.set_num_threads(self._pipeline.threads)
+        try:
+            with self._pipeline:
+                self._loop()
+        except WireBroken as broken:
+            error = self._pipeline.verdict(broken)
+        except Exception as broken:  # noqa: BLE001 - callers wait in their sinks and must hear of anything
+            logger.exception("the master failed")
+            error = EngineError(f"rank 0 failed: {type(broken).__name__}: {broken}")
+        with self._lock:
+            self._failure = error or EngineError("the engine is closed")
+        for delivery in (*self._deliveries.values(), *self._drain()):
+            delivery.fail(self._failure)
+        self._deliveries.clear()
+
+    def _drain(self) -> Sequence[Delivery]:
+        waiting = []
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, Delivery):
+                waiting.append(item)
+        return waiting
+
+    def _loop(self) -> None:
+        while True:
+            self._accept()
+            if self._closing:
+                return
+            if (step := self._scheduler.next_step()) is not None:
+                self._pipeline.send(step)
+            elif self._pipeline.in_flight:
+                self._collect()
+            elif not self._scheduler.has_work:
+                self._idle()
+
+    def _accept(self) -> None:
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+
+    def _idle(self) -> None:
+        """Waits for work; from time to time a pulse shows that every stage is there."""
+        try:
+            self._take(self._inbox.get(timeout=self._pipeline.pulse_s))
+        except queue.Empty:
+            self._pipeline.pulse()
+
+    def _take(self, item: Delivery | Cancel | None) -> None:
+        match item:
+            case None:
+                self._closing = True
+            case Cancel():
+                if self._deliveries.pop(item.request, None) is not None:
+                    self._scheduler.finish(item.request)
+            case Delivery():
+                self._deliveries[item.request.id] = item
+                self._scheduler.add(item.request)
+
+    def _collect(self) -> None:
+        done = self._pipeline.receive()
+        self.stats.add(tokens=len(done.tokens), times=done.times, seconds=done.seconds)
+        self._mind_the_deadline(done.slowest_s)
+        for commit in self._scheduler.commit(done.step.id, done.tokens):
+            delivery = self._deliveries[commit.request]
+            stopped = delivery.push(commit.token, commit.finish_reason)
+            if stopped:
+                self._scheduler.finish(commit.request)
+            if stopped or commit.finish_reason is not None:
+                del self._deliveries[commit.request]
+
+    def _mind_the_deadline(self, slowest_s: float) -> None:
+        if slowest_s > SLOW_SHARE * self._pipeline.deadline_s and self._chunk > 1:
+            self._chunk = max(1, self._chunk // 2)
+            logger.warning("a stage took %.1f s for a step; prompts now go in chunks of %d", slowest_s, self._chunk)
+            self._scheduler.set_prompt_chunk(self._chunk)

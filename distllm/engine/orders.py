@@ -1,0 +1,74 @@
+"""What the master tells a worker, and what a worker tells of itself: plain values that travel by RPC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distllm.config import EngineConfig, ModelConfig
+from distllm.core import Member, Plan
+from distllm.net.control import AgentId
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What a new rank tells the master."""
+
+    member: Member
+    identity: AgentId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOrder:
+    """Hold what this plan gives you. `fingerprint` is that of the master's copy of the model."""
+
+    epoch: int
+    plan: Plan
+    model: ModelConfig
+    engine: EngineConfig
+    fingerprint: str
+    device: str
+    threads: int
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JoinOrder:
+    """Form the ring of an epoch with the others and serve it until it ends."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadOrder:
+    """Forget the model."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopOrder:
+    """End the process with this exit code."""
+
+    code: int
+
+
+Order = LoadOrder | JoinOrder | UnloadOrder | StopOrder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A snapshot of a worker.
+
+    `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended). `failure`
+    says why it could not be. `received` and `finished` are ids of steps, -1 before the first. `still_s` is the time since the last progress.
+    """
+
+    epoch: int = 0
+    state: str = "idle"
+    done: bool = True
+    failure: str | None = None
+    loaded_bytes: int = 0
+    received: int = -1
+    finished: int = -1
+    still_s: float = 0.0
+    peak_bytes: int = 0

@@ -1,0 +1,130 @@
+"""The ring as the master uses it: steps in, tokens out, rank 0's own stage included.
+
+Knows steps, not requests. With one stage there is no wire; all else is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from distllm.core import EngineError, Step
+from distllm.engine.cluster import Cluster
+from distllm.engine.loading import Loaded
+from distllm.engine.worker import Outbox
+from distllm.net import frame as frames
+from distllm.net.frame import Frame, Kind, StageTime
+from distllm.net.wire import Wire
+
+PULSES_PER_DEADLINE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that came home, with what each stage spent on it and the seconds since it left."""
+
+    step: Step
+    tokens: tuple[int, ...]
+    times: tuple[StageTime, ...]
+    seconds: float
+
+    @property
+    def slowest_s(self) -> float:
+        return max(time.body + time.head for time in self.times)
+
+
+class Pipeline:
+    """One epoch of one model, seen from rank 0. Leaving it as a context ends the epoch on every rank."""
+
+    def __init__(self, loaded: Loaded, wire: Wire | None, cluster: Cluster | None) -> None:
+        self._loaded = loaded
+        self._runner = loaded.runner
+        self._wire = wire
+        self._cluster = cluster
+        self._outbox = Outbox(loaded.frame_bytes)
+        self._flying: deque[tuple[Step, StageTime, float]] = deque()
+        self._home: deque[Done] = deque()
+        self._last_step = -1
+        self.threads = loaded.order.threads
+        self.kv_tokens = loaded.order.plan.kv_tokens
+        self.stages = len(loaded.order.plan.stages)
+        self.deadline_s = loaded.order.deadline_s
+        self.pulse_s = self.deadline_s / PULSES_PER_DEADLINE if wire else None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flying) + len(self._home)
+
+    def send(self, step: Step) -> None:
+        """Runs rank 0's part of a step and sends it on.
+
+        Raises:
+            WireBroken: the ring is gone.
+        """
+        began = time.perf_counter()
+        result = self._runner.run(step, None)
+        spent = StageTime(0.0, result.body_seconds, result.head_seconds)
+        if self._wire is None:
+            seconds = time.perf_counter() - began
+            self._home.append(Done(step, tuple(result.tensor.tolist()), (spent,), seconds))
+            return
+        frame = Frame(kind=Kind.STEP, step=step, times=(spent,), hidden=result.tensor.cpu())
+        self._wire.send(self._outbox.write(frame))
+        self._flying.append((step, spent, began))
+
+    def receive(self) -> Done:
+        """The oldest step in flight, when it comes home.
+
+        Raises:
+            WireBroken: the ring is gone.
+        """
+        if self._wire is None:
+            return self._home.popleft()
+        step, _, began = self._flying.popleft()
+        waited = time.perf_counter()
+        frame = self._next_frame()
+        now = time.perf_counter()
+        assert frame.step.id == step.id, f"step {frame.step.id} came home before step {step.id}"
+        self._last_step = step.id
+        first = frame.times[0]
+        times = (StageTime(now - waited, first.body, first.head), *frame.times[1:])
+        return Done(step, frame.tokens, times, now - began)
+
+    def pulse(self) -> None:
+        """Sends a sign of life round the idle ring and waits for it.
+
+        Raises:
+            WireBroken: the ring is gone.
+        """
+        if self._wire is not None:
+            self._wire.send(self._outbox.write(Frame(kind=Kind.PULSE)))
+            self._next_frame()
+
+    def _next_frame(self) -> Frame:
+        assert self._wire is not None
+        return frames.decode(self._wire.receive(), self._runner.shard.dtype)
+
+    def verdict(self, broken: Exception) -> EngineError:
+        """Who broke the ring."""
+        assert self._cluster is not None, "one rank alone has no ring to break"
+        ring = [stage.rank for stage in self._loaded.order.plan.stages]
+        return self._cluster.verdict(broken, ring, self._last_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Lets the steps in flight come home, then sends the end round; after an error just closes."""
+        if self._wire is None:
+            return
+        try:
+            if kind is None:
+                while self._flying:
+                    self.receive()
+                self._wire.send(self._outbox.write(Frame(kind=Kind.END)))
+                self._next_frame()
+        finally:
+            self._wire.close()

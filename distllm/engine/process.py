@@ -1,0 +1,146 @@
+"""The process life of a rank that is not the master: it registers, serves, and never outlives what it serves.
+
+The worker's loop runs beside the main thread, which is left to signals and to watching the parent and the master.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+
+from distllm.core import Member
+from distllm.engine import host
+from distllm.engine.orders import Registration
+from distllm.engine.worker import Worker
+from distllm.net.control import PeerLost, call_by_name, expose
+from distllm.net.node import Node
+from distllm.net.store import Rendezvous
+
+logger = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 0.5
+MASTER_PULSE_S = 2.0
+REGISTER_TIMEOUT_S = 30.0
+# A launcher that ends a job signals all ranks at once. Those that are well stay this long, so that the master can still
+# ask who was not.
+LINGER_S = 4.0
+
+
+class Watch:
+    """The main thread of a worker: ends the process when the job is over, however it ends."""
+
+    def __init__(self, master: str, member: Member, deadline_s: float) -> None:
+        self._master = master
+        self._member = member
+        self._deadline_s = deadline_s
+        self._parent = os.getppid()
+        self._terminated_at: float | None = None
+        self.done = threading.Event()
+        self.code = 1
+
+    def listen(self) -> None:
+        """Takes the signals: Ctrl-C is the master's to answer, SIGTERM gives it a moment to."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+
+    def _on_terminate(self, *_: object) -> None:
+        self._terminated_at = self._terminated_at or time.monotonic()
+
+    def wait(self) -> int:
+        """Returns the exit code when the worker ends, its parent or master is gone, or it was told to terminate."""
+        next_pulse = time.monotonic() + MASTER_PULSE_S
+        while not self.done.wait(WATCH_INTERVAL_S):
+            now = time.monotonic()
+            if self._terminated_at is not None and now - self._terminated_at > LINGER_S:
+                return 1
+            if os.getppid() != self._parent:
+                logger.warning("%s: its launcher is gone; ending", self._member)
+                return 1
+            if now >= next_pulse:
+                next_pulse = now + MASTER_PULSE_S
+                if not self._master_lives():
+                    return 1
+        return self.code
+
+    def _master_lives(self) -> bool:
+        try:
+            known = call_by_name(self._master, "master", "knows", self._member.life, timeout_s=self._deadline_s)
+        except PeerLost as lost:
+            logger.warning("%s: the master %s; ending", self._member, lost.reason)
+            return False
+        return bool(known)
+
+
+def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: float, deadline_s: float) -> int:
+    """Registers with the master and serves it until the job ends; returns the exit code.
+
+    Raises:
+        ValueError: the master cannot be reached or refuses this rank; the sentence says why.
+    """
+    node = Node(rendezvous, interface, join_timeout_s)
+    worker = Worker(rendezvous.rank, node)
+    expose("worker", worker)
+    master = node.find_master(join_timeout_s)
+    member = replace(host.describe(rendezvous.rank), life=node.life)
+    watch = Watch(master, member, deadline_s)
+    watch.listen()
+    try:
+        refusal = call_by_name(
+            master, "master", "register", Registration(member, node.identity), timeout_s=REGISTER_TIMEOUT_S
+        )
+    except PeerLost as lost:
+        raise ValueError(f"rank {rendezvous.rank} could not register: the master {lost.reason}") from lost
+    if refusal:
+        raise ValueError(f"{member} was refused: {refusal}")
+    threading.Thread(target=_run, args=(worker, watch), name="distllm-worker", daemon=True).start()
+    return watch.wait()
+
+
+def _run(worker: Worker, watch: Watch) -> None:
+    try:
+        watch.code = worker.run()
+    finally:
+        watch.done.set()
+
+
+def end_process(code: int) -> None:
+    """Ends the process at once: its loop may sit in a receive that nothing can cancel."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _end_with_pipe() -> None:
+    """Ends the process when the pipe on standard input closes, that is when whoever started it is gone."""
+    while os.read(0, 4096):
+        pass
+    end_process(1)
+
+
+def main() -> None:
+    """A rank that a program started for itself with `LLM(workers=N)`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    for name, kind in (("rank", int), ("world-size", int), ("port", int), ("host", str), ("job", str)):
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    for name in ("join-timeout-s", "deadline-s"):
+        parser.add_argument(f"--{name}", type=float, required=True)
+    parser.add_argument("--log-level", default="WARNING")
+    given = parser.parse_args()
+    logging.basicConfig(level=given.log_level, format=f"rank {given.rank}: %(message)s")
+    threading.Thread(target=_end_with_pipe, name="distllm-pipe", daemon=True).start()
+    rendezvous = Rendezvous(
+        rank=given.rank, world_size=given.world_size, host=given.host, port=given.port, job=given.job, one_host=True
+    )
+    try:
+        code = serve(rendezvous, interface=None, join_timeout_s=given.join_timeout_s, deadline_s=given.deadline_s)
+    except ValueError as error:
+        logger.error("%s", error)
+        code = 1
+    end_process(code)

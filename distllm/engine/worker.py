@@ -1,0 +1,194 @@
+"""What every rank but the master does: hold a shard, serve a ring, answer the master.
+
+One loop in two states: out of the ring it takes orders from its inbox, in the ring it takes frames. The verbs are
+called by RPC threads; they only drop an order into the inbox or read the snapshot, so they answer at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from distllm.engine import host
+from distllm.engine.loading import Loaded, load
+from distllm.engine.orders import JoinOrder, LoadOrder, Order, Status, StopOrder, UnloadOrder
+from distllm.net import frame as frames
+from distllm.net.frame import Frame, Kind, StageTime
+from distllm.net.node import Node
+from distllm.net.wire import Wire, WireBroken
+
+logger = logging.getLogger(__name__)
+
+
+class Snapshot:
+    """A worker's status, written by its loop and read by RPC threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._status = Status()
+        self._progressed = time.monotonic()
+
+    def note(self, **changes: object) -> None:
+        """Changes some fields; doing so is progress."""
+        with self._lock:
+            self._status = replace(self._status, **changes)  # type: ignore[arg-type]
+            self._progressed = time.monotonic()
+
+    def read(self) -> Status:
+        with self._lock:
+            still = time.monotonic() - self._progressed
+            return replace(self._status, still_s=still, peak_bytes=host.peak_memory())
+
+    def add_loaded(self, nbytes: int) -> None:
+        with self._lock:
+            self._status = replace(self._status, loaded_bytes=self._status.loaded_bytes + nbytes)
+            self._progressed = time.monotonic()
+
+
+class Worker:
+    """The object of a rank that the master holds a reference to."""
+
+    def __init__(self, rank: int, node: Node) -> None:
+        self.rank = rank
+        self._node = node
+        self._inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._snapshot = Snapshot()
+        self._newest = 0
+        self._loaded: Loaded | None = None
+
+    # Verbs, called by the master.
+
+    def load(self, order: LoadOrder) -> bool:
+        return self._take(order, order.epoch)
+
+    def join(self, order: JoinOrder) -> bool:
+        return self._take(order, order.epoch)
+
+    def unload(self, epoch: int) -> bool:
+        return self._take(UnloadOrder(epoch), epoch)
+
+    def stop(self, code: int) -> bool:
+        self._inbox.put(StopOrder(code))
+        return True
+
+    def status(self) -> Status:
+        return self._snapshot.read()
+
+    def _take(self, order: Order, epoch: int) -> bool:
+        """Drops an order into the inbox; one of an older epoch is refused."""
+        if epoch < self._newest:
+            return False
+        self._newest = epoch
+        self._snapshot.note(epoch=epoch, done=False, failure=None)
+        self._inbox.put(order)
+        return True
+
+    # The loop.
+
+    def run(self) -> int:
+        """Serves until it is told to stop; returns the exit code."""
+        while True:
+            order = self._inbox.get()
+            match order:
+                case StopOrder():
+                    return order.code
+                case LoadOrder():
+                    self._do("loading", partial(self._load, order))
+                case JoinOrder():
+                    self._do("in the ring", partial(self._serve_ring, order))
+                case UnloadOrder():
+                    self._loaded = None
+                    self._snapshot.note(state="idle", done=True, loaded_bytes=0)
+
+    def _do(self, state: str, action: Callable[[], None]) -> None:
+        """Carries out an order; this is the edge at which a failure of any kind becomes a word to the master."""
+        self._snapshot.note(state=state)
+        try:
+            action()
+            failure = None
+        except (ValueError, WireBroken) as error:
+            failure = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever the model's code raises must reach the master by name
+            logger.exception("rank %d failed while %s", self.rank, state)
+            failure = f"{type(error).__name__}: {error}"
+        self._snapshot.note(state="idle", done=True, failure=failure)
+
+    def _load(self, order: LoadOrder) -> None:
+        torch.set_num_threads(order.threads)
+        self._snapshot.note(loaded_bytes=0)
+        known, self._loaded = self._loaded, None
+        self._loaded = load(order, self.rank, self._snapshot.add_loaded, known)
+
+    def _serve_ring(self, order: JoinOrder) -> None:
+        assert self._loaded is not None, "a rank loads before it joins"
+        loaded = self._loaded
+        self._snapshot.note(received=-1, finished=-1)
+        wire = self._node.wire(
+            order.epoch,
+            position=loaded.position,
+            size=len(loaded.order.plan.stages),
+            receive_bytes=loaded.frame_bytes,
+            deadline_s=loaded.order.deadline_s,
+        )
+        try:
+            Station(loaded, wire, self._snapshot).serve()
+        finally:
+            wire.close()
+
+
+class Station:
+    """One stage's place in the ring of one epoch."""
+
+    def __init__(self, loaded: Loaded, wire: Wire, snapshot: Snapshot) -> None:
+        self._runner = loaded.runner
+        self._wire = wire
+        self._snapshot = snapshot
+        self._outbox = Outbox(loaded.frame_bytes)
+
+    def serve(self) -> None:
+        """Receives, runs and sends until the epoch ends.
+
+        Raises:
+            WireBroken: the ring is gone.
+        """
+        while True:
+            began = time.perf_counter()
+            frame = frames.decode(self._wire.receive(), self._runner.shard.dtype)
+            wait = time.perf_counter() - began
+            if frame.kind is Kind.STEP:
+                self._snapshot.note(received=frame.step.id)
+                out = self._run(frame, wait)
+                self._wire.send(self._outbox.write(out))
+                self._snapshot.note(finished=frame.step.id)
+                continue
+            self._snapshot.note()
+            self._wire.send(self._outbox.write(frame))
+            if frame.kind is Kind.END:
+                self._wire.flush()
+                return
+
+    def _run(self, frame: Frame, wait: float) -> Frame:
+        result = self._runner.run(frame.step, frame.hidden)
+        times = (*frame.times, StageTime(wait, result.body_seconds, result.head_seconds))
+        if self._runner.stage.span.head:
+            return Frame(kind=Kind.TOKENS, step=frame.step, tokens=tuple(result.tensor.tolist()), times=times)
+        return replace(frame, times=times, hidden=result.tensor.cpu())
+
+
+class Outbox:
+    """Buffers for frames that leave; the wire may hold two at a time."""
+
+    def __init__(self, frame_bytes: int) -> None:
+        self._buffers = [torch.empty(frame_bytes, dtype=torch.uint8) for _ in range(3)]
+
+    def write(self, frame: Frame) -> Tensor:
+        self._buffers.append(self._buffers.pop(0))
+        return frames.encode(frame, self._buffers[0])

@@ -1,0 +1,284 @@
+"""The library's door: `LLM` answers prompts, on one rank or many."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Self, TypeVar
+
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, validate_engine
+from distllm.core import EngineError, FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
+from distllm.engine import process
+from distllm.engine.engine import Engine
+from distllm.engine.job import Options
+from distllm.net.store import Rendezvous
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, str]]
+Heard = TypeVar("Heard")
+
+# The longest wait in one go, so that Ctrl-C is heard.
+LISTEN_S = 0.2
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> Rendezvous | None:
+    """The ranks that torchrun, or whoever sets its variables, has started; None if this process is alone.
+
+    Raises:
+        ValueError: the variables are not whole.
+    """
+    if "RANK" not in environ or "WORLD_SIZE" not in environ:
+        return None
+    try:
+        return Rendezvous(
+            rank=int(environ["RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            host=environ["MASTER_ADDR"],
+            port=int(environ["MASTER_PORT"]),
+            job=f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        )
+    except KeyError as missing:
+        raise ValueError(f"RANK and WORLD_SIZE are set, but {missing} is not; start the ranks with torchrun") from None
+    except ValueError as error:
+        raise ValueError(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers: {error}") from None
+
+
+def serve_here(cluster: ClusterConfig | None = None) -> int:
+    """On a rank other than 0: serves rank 0 until its process ends, then returns the exit code.
+
+    Raises:
+        ValueError: this is not such a rank, or the master cannot be reached.
+    """
+    rendezvous = launched()
+    if rendezvous is None or rendezvous.rank == 0:
+        raise ValueError("serve_here() is for the ranks of torchrun other than 0")
+    cluster = cluster or ClusterConfig()
+    return process.serve(
+        rendezvous,
+        interface=cluster.interface,
+        join_timeout_s=cluster.join_timeout_s,
+        deadline_s=cluster.deadline_s,
+    )
+
+
+class LLM:
+    """A causal language model on one rank or many.
+
+    Under torchrun the same script runs on every rank: on rank 0 this gives an engine, on the others it serves rank 0
+    until that process ends and leaves with SystemExit.
+
+    Args:
+        model: folder of a checkpoint, or a model configuration.
+        workers: ranks to start on this host, this process included; 0 takes torchrun's, or this process alone.
+        dtype: of weights and KV: auto, float32, bfloat16 or float16.
+        cluster, plan, engine: further options, as in the sections of the command line's configuration.
+
+    Raises:
+        ValueError: an option, the model or its files cannot be used, or it does not fit; the sentence says why.
+        EngineError: a rank does not come up or is lost.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | ModelConfig,
+        *,
+        workers: int | None = None,
+        dtype: str | None = None,
+        cluster: ClusterConfig | None = None,
+        plan: PlanConfig | None = None,
+        engine: EngineConfig | None = None,
+    ) -> None:
+        wanted = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+        cluster = cluster or ClusterConfig()
+        options = Options(
+            model=wanted if dtype is None else replace(wanted, dtype=dtype),
+            cluster=cluster if workers is None else replace(cluster, workers=workers),
+            plan=plan or PlanConfig(),
+            engine=engine or EngineConfig(),
+        )
+        validate_engine(options.model, options.cluster, options.plan, options.engine)
+        rendezvous = launched()
+        if rendezvous is not None and rendezvous.rank != 0:
+            raise SystemExit(serve_here(options.cluster))
+        self._engine = Engine(options, rendezvous)
+
+    @property
+    def plan(self) -> Plan:
+        """Who holds what."""
+        return self._engine.job.plan
+
+    def stats(self) -> dict[str, object]:
+        """Per rank: span, weight and KV bytes, peak RSS and where the time went; in all: steps, tokens, tokens/s."""
+        return self._engine.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        on_output: Callable[[Output], None] = lambda _: None,
+    ) -> list[Output]:
+        """Continues prompts: texts, or lists of token ids.
+
+        Args:
+            on_output: called with each output as soon as it is whole, in any order.
+
+        Returns:
+            The outputs in the order of the prompts.
+
+        Raises:
+            ValueError: a prompt is empty or too long; names it.
+            EngineError: the engine ended.
+        """
+        return self.answer([(prompt, self.request(prompt, params, f"prompt {i}")) for i, prompt in enumerate(_several(prompts))], on_output)
+
+    def chat(self, messages: Messages, params: SamplingParams | None = None) -> Output:
+        """Answers a conversation of {"role", "content"} messages, through the model's chat template.
+
+        Raises:
+            ValueError: the messages are malformed, or the model has no chat template.
+            EngineError: the engine ended.
+        """
+        return self.answer([(messages, self.chat_request(messages, params))])[0]
+
+    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Continues one prompt, or answers one conversation, piece by piece.
+
+        Raises:
+            ValueError, EngineError: as `generate` and `chat`.
+        """
+        if isinstance(prompt, str) or all(isinstance(each, int) for each in prompt):
+            return self._stream(self.request(prompt, params, "the prompt"))  # type: ignore[arg-type]
+        return self._stream(self.chat_request(prompt, params, "the conversation"))  # type: ignore[arg-type]
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None, name: str = "the prompt") -> Request:
+        """A request that `answer` takes.
+
+        Raises:
+            ValueError: the prompt is empty or too long; `name` is what it is called.
+        """
+        tokens = self._engine.tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        if prompt == "":
+            tokens = ()
+        return self._engine.request(tokens, params or SamplingParams(), name)
+
+    def chat_request(self, messages: Messages, params: SamplingParams | None = None, name: str = "the conversation") -> Request:
+        """As `request`, for chat messages."""
+        return self._engine.request(self._engine.tokenizer.encode_chat(messages), params or SamplingParams(), name)
+
+    def answer(
+        self, asked: Sequence[tuple[object, Request]], on_output: Callable[[Output], None] = lambda _: None
+    ) -> list[Output]:
+        """Runs requests, each with the prompt as it was given, and waits for all.
+
+        Raises:
+            EngineError: the engine ended.
+        """
+        heard: queue.SimpleQueue[tuple[Draft, Piece | Exception]] = queue.SimpleQueue()
+        drafts = [Draft(index, prompt, request) for index, (prompt, request) in enumerate(asked)]
+        try:
+            for draft in drafts:
+                self._engine.submit(draft.request, partial(_tell, heard, draft))
+            left = len(drafts)
+            while left:
+                draft, piece = _listen(heard)
+                draft.add(piece)
+                if draft.finish_reason is not None:
+                    left -= 1
+                    on_output(draft.output())
+        finally:
+            for draft in drafts:
+                if draft.finish_reason is None:
+                    self._engine.master.cancel(draft.request.id)
+        return [draft.output() for draft in drafts]
+
+    def _stream(self, request: Request) -> Iterator[Piece]:
+        heard: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        self._engine.submit(request, heard.put)
+        finished = False
+        try:
+            while not finished:
+                piece = _raised(_listen(heard))
+                finished = piece.finish_reason is not None
+                yield piece
+        finally:
+            if not finished:
+                self._engine.master.cancel(request.id)
+
+    def failure(self, timeout_s: float) -> EngineError | None:
+        """Why the engine ended, if it does within the time; None if it runs on."""
+        return self._engine.master.failure(timeout_s)
+
+    def close(self) -> None:
+        """Frees the model; ranks that were started for it end, those of a launcher stay for the next one."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class Draft:
+    """One answer on its way."""
+
+    index: int
+    prompt: object
+    request: Request
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, piece: Piece | Exception) -> None:
+        """
+        Raises:
+            EngineError: the engine ended.
+        """
+        piece = _raised(piece)
+        self.texts.append(piece.text)
+        self.token_ids.extend(piece.token_ids)
+        self.finish_reason = piece.finish_reason
+
+    def output(self) -> Output:
+        assert self.finish_reason is not None, "the answer is not whole"
+        return Output(
+            index=self.index,
+            prompt=self.prompt,
+            text="".join(self.texts),
+            token_ids=tuple(self.token_ids),
+            finish_reason=self.finish_reason,
+            usage=Usage(len(self.request.tokens), len(self.token_ids)),
+        )
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt, be it a text or a list of token ids, as a list of one."""
+    if isinstance(prompts, str) or (prompts and all(isinstance(each, int) for each in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]
+
+
+def _tell(heard: queue.SimpleQueue[tuple[Draft, Piece | Exception]], draft: Draft, piece: Piece | Exception) -> None:
+    heard.put((draft, piece))
+
+
+def _listen(heard: queue.SimpleQueue[Heard]) -> Heard:
+    """The next thing from the engine's thread, which always says something in the end."""
+    while True:
+        try:
+            return heard.get(timeout=LISTEN_S)
+        except queue.Empty:
+            continue
+
+
+def _raised(piece: Piece | Exception) -> Piece:
+    if isinstance(piece, Exception):
+        raise piece
+    return piece

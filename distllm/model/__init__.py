@@ -1,0 +1,1 @@
+"""The maths: one process, no network."""

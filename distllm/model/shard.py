@@ -1,0 +1,133 @@
+"""A transformers model emptied of what its span does not own: what one rank holds and runs.
+
+Shapes: T packed tokens, B rows that sample, D model width, V vocabulary. Knows no network, no requests and no files.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from distllm.core import Span
+from distllm.model import families
+from distllm.model.attention import CachedAttention
+from distllm.model.cache import KVCache, Layout
+from distllm.model.families import Anatomy
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class PassThrough(nn.Module):
+    """Stands where another rank's part of the model is: gives back its first argument."""
+
+    def forward(self, first: torch.Tensor, *_rest: object, **_named: object) -> torch.Tensor:
+        return first
+
+
+class NoPositions(nn.Module):
+    """Stands for learned position embeddings after the first stage: adds nothing."""
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((), device=positions.device)
+
+
+class Shard:
+    """The part of a model that one rank holds. Weights are on the meta device until `weights.load` fills them."""
+
+    def __init__(self, config: PretrainedConfig, anatomy: Anatomy, span: Span, dtype: torch.dtype) -> None:
+        self.span = span
+        self.anatomy = anatomy
+        self.dtype = dtype
+        with families.parameters_on_meta():
+            self.model = families.build(config, dtype)
+        _empty(self.model, anatomy, span)
+        self.body_done = 0.0
+        self.base.register_forward_hook(self._note_time)
+        self._attention: CachedAttention | None = None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        base: PreTrainedModel = self.model.base_model
+        return base
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights; a tensor that is used twice counts once."""
+        storages = {p.untyped_storage().data_ptr(): p.nbytes for p in self.model.parameters()}
+        return sum(storages.values())
+
+    def use(self, cache: KVCache) -> None:
+        """Keeps keys and values in this cache from now on."""
+        self._attention = CachedAttention(cache)
+        self._attention.attach(self.model)
+
+    @torch.inference_mode()
+    def forward(self, inputs: torch.Tensor, layout: Layout, last_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the span.
+
+        Args:
+            inputs: token ids (T,) where the span has the embeddings, else hidden states (T, D).
+            layout: where the rows are.
+            last_B: on the rank with the head, the places in T after which a token is wanted.
+
+        Returns:
+            logits (B, V) if any token is wanted, else hidden states (T, D).
+        """
+        assert self._attention is not None, "a cache comes first"
+        self._attention.layout = layout
+        named = {"input_ids" if self.span.embed else "inputs_embeds": inputs[None]}
+        named |= {"position_ids": layout.positions_T[None], "use_cache": False}
+        if last_B is None or not len(last_B):
+            hidden_1TD: torch.Tensor = self.base(**named).last_hidden_state
+            return hidden_1TD[0]
+        logits_1BV: torch.Tensor = self.model(**named, logits_to_keep=last_B).logits
+        return logits_1BV[0]
+
+    def _note_time(self, *_: object) -> None:
+        self.body_done = time.perf_counter()
+
+
+def _empty(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> None:
+    """Replaces what is outside of the span by pass-throughs."""
+    base = model.base_model
+    layers = base.get_submodule(anatomy.layers)
+    for index in range(len(layers)):
+        if not span.start <= index < span.stop:
+            layers[index] = PassThrough()
+    if not span.head:
+        setattr(base, anatomy.norm, PassThrough())
+        _drop_head(model)
+    if not span.embed:
+        if anatomy.positions:
+            setattr(base, anatomy.positions, NoPositions())
+        if anatomy.input_scale:
+            setattr(base, anatomy.input_scale, 1.0)
+        # A tied head is the embedding table, so the table stays on its rank although nothing looks a token up in it.
+        if not (span.head and model.config.tie_word_embeddings):
+            setattr(base, anatomy.embed, PassThrough())
+
+
+def _drop_head(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if name is not None:
+        model.set_submodule(name, PassThrough())
+
+
+def check_passes_through(config: PretrainedConfig, anatomy: Anatomy) -> None:
+    """A stage without layers must hand on what it gets, or a model cut in two would differ from the whole.
+
+    Raises:
+        ValueError: the architecture does something of its own to the input of its layers.
+    """
+    middle = Shard(config, anatomy, Span(0, 0), torch.float32)
+    hidden_1TD = torch.linspace(-1, 1, 2 * config.hidden_size).reshape(1, 2, -1)
+    positions_1T = torch.tensor([[3, 4]])
+    with torch.inference_mode():
+        out = middle.base(inputs_embeds=hidden_1TD, position_ids=positions_1T, use_cache=False).last_hidden_state
+    if not torch.equal(out, hidden_1TD):
+        raise ValueError(f"{config.model_type} changes the hidden states before its first layer; it cannot be cut into stages")

