@@ -287,8 +287,9 @@ def test_the_space_after_the_prompt_stays(tokenizers: dict[str, Tokenizer], kind
 @pytest.mark.parametrize("kind", ["pieces", "metaspace"])
 def test_a_prompt_of_many_bytes(tokenizers: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
-    ids = tokenizer.encode("𐍈𐍈𐍈𐍈")
-    assert "".join(stream(tokenizer, ids[:-4], ids[-4:])) == "𐍈"
+    for before in ("𐍈𐍈𐍈", "\x80\ufffd00", "\x80\ufffd000", "\x80\ufffd0000"):
+        prompt, ids = tokenizer.encode(before), tokenizer.encode(before + "𐍈")
+        assert "".join(stream(tokenizer, prompt, ids[len(prompt) :])) == "𐍈"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces", "metaspace"])

@@ -5,6 +5,7 @@ Everything is asked of transformers itself; the tables below hold only what it d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,10 +65,10 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The whole model without weights, with our attention."""
+    """The whole model without weights, with our attention; transformers would write into the configuration itself."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=ATTENTION)
     return model.eval().requires_grad_(False)
 
 

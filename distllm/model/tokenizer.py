@@ -162,12 +162,14 @@ class Detokenizer:
 
 
 def _context(tokenizer: Tokenizer, prompt_tokens: Sequence[int]) -> list[int]:
-    """The last few tokens of the prompt that have a text, from the beginning of a character on."""
+    """The last few tokens of the prompt that have a text, from the beginning of a character on.
+
+    One too few leaves bytes that are no character, and with byte fallback spoils the bytes that follow.
+    """
     shown = (token for token in reversed(prompt_tokens) if not tokenizer.is_silent(token))
-    tail = list(islice(shown, _CONTEXT + _CHARACTER - 1))[::-1]
-    starts = range(max(len(tail) - _CONTEXT, 0), -1, -1)
-    whole = (tail[start:] for start in starts if not tokenizer.decode(tail[start:]).startswith(_REPLACEMENT))
-    return next(whole, tail)
+    last = list(islice(shown, _CONTEXT + _CHARACTER - 1))[::-1]
+    tails = [last[start:] for start in range(max(len(last) - _CONTEXT, 0), -1, -1)]
+    return min(tails, key=lambda tail: tokenizer.decode(tail).count(_REPLACEMENT))
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:
