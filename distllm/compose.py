@@ -37,7 +37,9 @@ def split_arguments(given: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     try:
         flags = parser.parse_args(rest)
     except (argparse.ArgumentError, SystemExit) as error:
-        raise ValueError(f"cannot read the command line near {' '.join(rest)!r}; give key=value words, see --help") from error
+        raise ValueError(
+            f"cannot read the command line near {' '.join(rest)!r}; give key=value words, see --help"
+        ) from error
     return flags, overrides
 
 

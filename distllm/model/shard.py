@@ -79,8 +79,8 @@ class Shard:
         """
         assert self._attention is not None, "a cache comes first"
         self._attention.layout = layout
-        named = {"input_ids" if self.span.embed else "inputs_embeds": inputs[None]}
-        named |= {"position_ids": layout.positions_T[None], "use_cache": False}
+        hidden_TD = self.base.get_submodule(self.anatomy.embed)(inputs) if self.span.embed else inputs
+        named = {"inputs_embeds": hidden_TD[None], "position_ids": layout.positions_T[None], "use_cache": False}
         if last_B is None or not len(last_B):
             hidden_1TD: torch.Tensor = self.base(**named).last_hidden_state
             return hidden_1TD[0]
@@ -130,4 +130,6 @@ def check_passes_through(config: PretrainedConfig, anatomy: Anatomy) -> None:
     with torch.inference_mode():
         out = middle.base(inputs_embeds=hidden_1TD, position_ids=positions_1T, use_cache=False).last_hidden_state
     if not torch.equal(out, hidden_1TD):
-        raise ValueError(f"{config.model_type} changes the hidden states before its first layer; it cannot be cut into stages")
+        raise ValueError(
+            f"{config.model_type} changes the hidden states before its first layer; it cannot be cut into stages"
+        )

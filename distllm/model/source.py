@@ -57,9 +57,13 @@ def unpacked(package: str) -> Path:
             if not (ready / CONVERTED).exists():
                 _convert_beside(source, ready)
     except Timeout:
-        raise ValueError(f"{ready}.lock: held by another process for {LOCK_TIMEOUT_S:g} s; is a conversion stuck?") from None
+        raise ValueError(
+            f"{ready}.lock: held by another process for {LOCK_TIMEOUT_S:g} s; is a conversion stuck?"
+        ) from None
     except OSError as error:
-        raise ValueError(f"cannot write the model to {ready}: {error.strerror or error}; DISTLLM_CACHE=FOLDER moves it") from error
+        raise ValueError(
+            f"cannot write the model to {ready}: {error.strerror or error}; DISTLLM_CACHE=FOLDER moves it"
+        ) from error
     return ready
 
 

@@ -148,7 +148,8 @@ class Detokenizer:
     def _give(self, stop: int, text: str) -> str:
         """What `text`, that of the window up to `stop`, adds to the text given out; the window moves on."""
         piece = self._new_part(stop, text)
-        self._window, self._read = self._window[self._read :], stop - self._read
+        start = _character_start(self._tokenizer, self._window[:stop], self._read)
+        self._window, self._read = self._window[start:], stop - start
         self._given = self._tokenizer.decode(self._window[: self._read])
         self._length = len(self._given)
         return piece
@@ -162,14 +163,21 @@ class Detokenizer:
 
 
 def _context(tokenizer: Tokenizer, prompt_tokens: Sequence[int]) -> list[int]:
-    """The last few tokens of the prompt that have a text, from the beginning of a character on.
-
-    One too few leaves bytes that are no character, and with byte fallback spoils the bytes that follow.
-    """
+    """The last few tokens of the prompt that have a text, from the beginning of a character on."""
     shown = (token for token in reversed(prompt_tokens) if not tokenizer.is_silent(token))
     last = list(islice(shown, _CONTEXT + _CHARACTER - 1))[::-1]
-    tails = [last[start:] for start in range(max(len(last) - _CONTEXT, 0), -1, -1)]
-    return min(tails, key=lambda tail: tokenizer.decode(tail).count(_REPLACEMENT))
+    return last[_character_start(tokenizer, last, max(len(last) - _CONTEXT, 0)) :]
+
+
+def _character_start(tokenizer: Tokenizer, tokens: Sequence[int], start: int) -> int:
+    """Where to decode from, `start` or the few tokens before, so as not to begin within a character.
+
+    That would leave bytes that are no character, and with byte fallback spoil all bytes that follow.
+    """
+    starts = range(start, max(start - _CHARACTER, -1), -1)
+    if _REPLACEMENT not in tokenizer.decode(tokens[start:]):
+        return start
+    return min(starts, key=lambda earlier: tokenizer.decode(tokens[earlier:]).count(_REPLACEMENT))
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> None:

@@ -159,7 +159,9 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
     with ExitStack() as files:
         slices: dict[str, LazyTensor] = {}
         try:
-            opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in sorted(tensors.files(shard))}
+            opened = {
+                name: files.enter_context(safe_open(folder / name, "pt")) for name in sorted(tensors.files(shard))
+            }
             for name in tensors.owned(shard):
                 info = tensors.checkpoint.tensors[name]
                 slices[name] = LazyTensor(opened[info.file].get_slice(name), info.nbytes, progress)
@@ -186,9 +188,7 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     return list(get_model_conversion_mapping(model) or [])
 
 
-def _targets(
-    model: PreTrainedModel, names: Iterable[str], parameters: Mapping[str, torch.Tensor]
-) -> dict[str, Target]:
+def _targets(model: PreTrainedModel, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, Target]:
     """For each tensor of a checkpoint that the model uses, the parameter that it fills."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
 

@@ -50,7 +50,9 @@ def named(name: str) -> Interface:
         if each.name == name:
             return each
     known = sorted({each.name for each in _addresses()})
-    raise ValueError(f"cluster.interface={name}: this host has no such interface with an address; it has {', '.join(known)}")
+    raise ValueError(
+        f"cluster.interface={name}: this host has no such interface with an address; it has {', '.join(known)}"
+    )
 
 
 def routing_to(host: str, port: int) -> Interface:

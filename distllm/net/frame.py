@@ -94,7 +94,15 @@ def decode(buffer: torch.Tensor, dtype: torch.dtype) -> Frame:
 
 def _table(rows: Sequence[Row]) -> Iterator[int]:
     for row in rows:
-        yield from (row.request, row.slot, row.start, len(row.tokens), len(row.runs), row.samples, row.params is not None)
+        yield from (
+            row.request,
+            row.slot,
+            row.start,
+            len(row.tokens),
+            len(row.runs),
+            row.samples,
+            row.params is not None,
+        )
         yield from (number for run in row.runs for number in run)
         yield from row.tokens
         if row.params is not None:

@@ -34,7 +34,12 @@ def serve_on_loopback() -> tuple[TCPStore, int]:
     listener = socket.create_server((address.LOOPBACK, 0))
     port = listener.getsockname()[1]
     store = TCPStore(
-        address.LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        address.LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=True,
     )
     return store, port
 
@@ -49,10 +54,17 @@ def serve(rendezvous: Rendezvous) -> TCPStore:
         listener = socket.create_server((rendezvous.host, rendezvous.port))
     except OSError as error:
         where = f"{rendezvous.host}:{rendezvous.port}"
-        raise ValueError(f"cannot listen on {where}: {error.strerror}; set MASTER_ADDR and MASTER_PORT to a free port") from error
+        raise ValueError(
+            f"cannot listen on {where}: {error.strerror}; set MASTER_ADDR and MASTER_PORT to a free port"
+        ) from error
     port = listener.getsockname()[1]
     return TCPStore(
-        rendezvous.host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+        rendezvous.host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+        use_libuv=True,
     )
 
 
@@ -90,7 +102,9 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
         store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise ValueError(f"ranks {absent} did not start within {timeout_s:g} s; is the job running on every host?") from error
+        raise ValueError(
+            f"ranks {absent} did not start within {timeout_s:g} s; is the job running on every host?"
+        ) from error
     if len({store.get(key) for key in keys}) == 1:
         return address.loopback()
     return address.routing_to(rendezvous.host, rendezvous.port)
