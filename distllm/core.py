@@ -5,8 +5,7 @@ Knows no torch, no network, no configuration file and no clock: plain values tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -26,7 +25,7 @@ class SamplingParams:
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probabilities reach p, in (0, 1].
         min_p: drop tokens less likely than min_p times the likeliest, in [0, 1).
-        repetition_penalty: divides positive and multiplies negative logits of tokens seen before (CTRL, 2019); 1 is off.
+        repetition_penalty: divides positive and multiplies negative logits of seen tokens (CTRL, 2019); 1 is off.
         seed: makes sampling repeatable; None draws one when the request is accepted.
         stop: strings that end the text; they are not part of it.
         ignore_eos: go on to max_tokens whatever the model says.
@@ -46,8 +45,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop: Iterable[str] = (self.stop,) if isinstance(self.stop, str) else self.stop
-        object.__setattr__(self, "stop", tuple(stop))
+        given: object = self.stop  # a list or one string will do
+        object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(self.stop))
         rules = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
@@ -238,7 +237,7 @@ class Step:
     """One pass of one batch through all stages."""
 
     id: int
-    rows: tuple[Row, ...] = field(default=())
+    rows: tuple[Row, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import pairwise
 
 import psutil
 
@@ -258,7 +259,7 @@ def _heard(answer: Answer | PeerLost) -> object:
 
 def _finished(ring: list[int], heard: Mapping[int, Status], last_step: int) -> dict[int, int]:
     """The last step that each rank of a ring has surely finished: its successor has received it."""
-    after = dict(zip(ring, ring[1:], strict=False))
+    after = dict(pairwise(ring))
     return {
         rank: max(last_step, heard[after[rank]].received if after.get(rank) in heard else -1)
         for rank in ring

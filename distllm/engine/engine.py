@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from distllm.core import EngineError, Request, SamplingParams
+from distllm.core import Request, SamplingParams
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink

@@ -59,9 +59,19 @@ class Job:
         self.members: Sequence[Member] = _members(cluster, options.plan.memory_fraction)
         self.sizes: ModelSizes = blueprint.sizes
         self.wish = _wish(options, blueprint.sizes)
-        self.plan: Plan = partition(self.members, self.sizes, self.wish)
+        self.plan: Plan = self._first_plan()
         self._epoch = 0
         self._loaded: Loaded | None = None
+
+    def _first_plan(self) -> Plan:
+        """With KV room for a whole context if that fits, else for a chunk: the balance must not eat up the room."""
+        try:
+            return partition(self.members, self.sizes, self.wish)
+        except ValueError:
+            self.wish = replace(
+                self.wish, kv_tokens_needed=min(self.options.engine.prompt_chunk, self.sizes.context_length)
+            )
+            return partition(self.members, self.sizes, self.wish)
 
     @property
     def name(self) -> str:
@@ -200,7 +210,7 @@ def _wish(options: Options, sizes: ModelSizes) -> PlanWish:
         layers=None if options.plan.layers is None else tuple(options.plan.layers),
         kv_tokens=engine.kv_tokens,
         kv_tokens_wanted=engine.max_requests * sizes.context_length,
-        kv_tokens_needed=min(engine.prompt_chunk, sizes.context_length),
+        kv_tokens_needed=sizes.context_length,
         workspace_bytes=WORKSPACE_BYTES,
         block_tokens=engine.block_tokens,
     )
@@ -224,6 +234,7 @@ class LoadProgress:
     """A bar for the bytes that all ranks have read."""
 
     def __init__(self, total: int) -> None:
+        self._total = total
         self._bar = tqdm(
             total=total, unit="B", unit_scale=True, desc="loading", delay=PROGRESS_AFTER_S, leave=False, disable=None
         )
@@ -244,7 +255,7 @@ class LoadProgress:
             self._show()
 
     def _show(self) -> None:
-        self._bar.n = min(self._mine + self._others, self._bar.total)
+        self._bar.n = min(self._mine + self._others, self._total)
         self._bar.refresh()
 
     @property

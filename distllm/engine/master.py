@@ -93,7 +93,7 @@ class Master:
                 self._loop()
         except WireBroken as broken:
             error = self._pipeline.verdict(broken)
-        except Exception as broken:  # noqa: BLE001 - callers wait in their sinks and must hear of anything
+        except Exception as broken:
             logger.exception("the master failed")
             error = EngineError(f"rank 0 failed: {type(broken).__name__}: {broken}")
         with self._lock:

@@ -116,7 +116,7 @@ class Worker:
             failure = None
         except (ValueError, WireBroken) as error:
             failure = str(error)
-        except Exception as error:  # noqa: BLE001 - whatever the model's code raises must reach the master by name
+        except Exception as error:
             logger.exception("rank %d failed while %s", self.rank, state)
             failure = f"{type(error).__name__}: {error}"
         self._snapshot.note(state="idle", done=True, failure=failure)

@@ -24,8 +24,18 @@ ATTENTION = "distllm"
 
 # Arguments that transformers passes along and that change nothing here.
 HARMLESS = frozenset(
-    "dropout is_causal position_ids use_cache cache_position position_embeddings output_router_logits "
-    "output_attentions output_hidden_states return_dict".split()
+    [
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "position_embeddings",
+        "output_router_logits",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    ]
 )
 
 

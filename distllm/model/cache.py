@@ -90,7 +90,9 @@ class Layout:
 
     @classmethod
     def of(cls, step: Step, block_tokens: int, device: torch.device) -> Layout:
-        rows, positions, places = [], [], []
+        rows: list[RowPlace] = []
+        positions: list[int] = []
+        places: list[int] = []
         for row in step.rows:
             extents = _extents(row.runs, block_tokens, row.stop)
             rows.append(RowPlace(len(positions), row.start, row.stop, extents))

@@ -22,6 +22,7 @@ from distllm.core import Row, SamplingParams, Step
 HEAD = 8
 ALIGN = 64
 PARAMS = struct.Struct("<ddddqq")
+NO_STEP = Step(-1)
 
 
 class Kind(IntEnum):
@@ -47,7 +48,7 @@ class Frame:
     """One message of the ring. `hidden` is (T, D); `tokens` are those of the rows that sample, in row order."""
 
     kind: Kind
-    step: Step = Step(0)
+    step: Step = NO_STEP
     tokens: tuple[int, ...] = ()
     times: tuple[StageTime, ...] = ()
     hidden: torch.Tensor | None = None
@@ -78,7 +79,7 @@ def encode(frame: Frame, into: torch.Tensor) -> torch.Tensor:
 
 def decode(buffer: torch.Tensor, dtype: torch.dtype) -> Frame:
     """Reads a frame; its hidden states are a view of the buffer."""
-    raw = memoryview(buffer.numpy())
+    raw: memoryview = buffer.numpy().data
     kind, step_id, integers, floats, rows, columns, _, _ = struct.unpack_from(f"<{HEAD}q", raw)
     table = struct.unpack_from(f"<{integers}q", raw, HEAD * 8)
     flat = struct.unpack_from(f"<{floats}d", raw, (HEAD + integers) * 8)
