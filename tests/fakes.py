@@ -1,4 +1,4 @@
-"""Tiny random checkpoints with a tokenizer of bytes: real files of real architectures, small enough to make in a test."""
+"""Tiny random checkpoints with a tokenizer of bytes: real files of real architectures, quickly made."""
 
 from __future__ import annotations
 

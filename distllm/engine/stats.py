@@ -25,7 +25,7 @@ class StageTotals:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts since the start; `tokens` are those that were sampled, `busy_s` the seconds in which steps were under way."""
+    """Counts since the start; `tokens` were sampled, `busy_s` are the seconds in which steps were under way."""
 
     steps: int = 0
     tokens: int = 0

@@ -170,7 +170,7 @@ def _attend_row(
         query_1GhK = query_HtK.reshape(1, groups, heads // groups, -1)
         out = F.scaled_dot_product_attention(query_1GhK, keys_GLK[None], values_GLK[None], scale=asked.scale)
         return out.reshape(heads, 1, -1)
-    query_GhtK = query_HtK.unflatten(0, (groups, -1))
+    query_GhtK = query_HtK.view(groups, heads // groups, tokens, -1)
     keys_GhLK = keys_GLK.unsqueeze(1).expand(-1, heads // groups, -1, -1)
     values_GhLK = values_GLK.unsqueeze(1).expand(-1, heads // groups, -1, -1)
     out = F.scaled_dot_product_attention(
@@ -189,7 +189,8 @@ def _attend_with_softcap(
     """Scores squeezed into (-softcap, softcap) before the softmax, as in Gemma 2; (H, t, K)."""
     assert asked.softcap is not None
     tokens, seen = query_HtK.shape[1], keys_GLK.shape[1]
-    query_GhtK = query_HtK.unflatten(0, (keys_GLK.shape[0], -1))
+    groups = keys_GLK.shape[0]
+    query_GhtK = query_HtK.view(groups, query_HtK.shape[0] // groups, tokens, -1)
     scores_GhtL = query_GhtK @ keys_GLK.unsqueeze(1).transpose(2, 3) * asked.scale
     scores_GhtL = torch.tanh(scores_GhtL / asked.softcap) * asked.softcap
     if mask_tL is None and tokens > 1:

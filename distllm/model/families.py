@@ -6,10 +6,10 @@ Everything is asked of transformers itself; the tables below hold only what it d
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Embeddings, layers and final norm of base models that declare no `base_model_pp_plan`.
 UNDECLARED = {"gpt2": ("wte", "h", "ln_f")}
 
-# What a layer may see of the past; `layer_types` of a configuration names others for states that are not keys and values.
+# Layers that keep keys and values; `layer_types` of a configuration also names those that keep other states.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 # Modules whose output is added to the embeddings, wherever the input comes from.
@@ -57,7 +57,8 @@ def parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    hook: Callable[..., Any] = to_meta  # the registered parameter is what it returns, though it is typed otherwise
+    handle = nn.modules.module.register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:
