@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from os.path import normpath
 from typing import Any
 
 from distllm.core import SamplingParams
@@ -15,6 +16,7 @@ from distllm.core import SamplingParams
 TASKS = ("generate", "plan", "bench")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 STRATEGIES = ("balanced", "even", "manual")
+DAY_S = 86400  # no wait is longer; the network's clocks overflow at the infinite
 
 
 def key(default: Any, help: str, *, text: bool = False) -> Any:
@@ -102,6 +104,7 @@ class BenchConfig:
     rounds: int = key(5, "measured rounds of each, turn by turn, after one to warm up")
     prompt_tokens: int = key(8, "tokens of a prompt")
     new_tokens: int = key(64, "tokens to generate for each")
+    deadline_s: float = key(600.0, "longest wait for a rival to load its model or to answer a batch")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -174,6 +177,13 @@ def validate(config: Config) -> None:
         raise ValueError("prompt= and prompts= are both given: give one of them")
     if config.output is not None and config.prompts is None:
         raise ValueError("output= is for the answers to prompts=FILE: give that too, or redirect standard output")
+    for name, path in (("prompts", config.prompts), ("output", config.output), ("model.path", config.model.path)):
+        if path == "":
+            raise ValueError(
+                f"{name}= is empty: name a {'folder' if name == 'model.path' else 'file'}, or leave it out"
+            )
+    if config.output is not None and config.prompts is not None and normpath(config.output) == normpath(config.prompts):
+        raise ValueError(f"output={config.output}: is the file of prompts itself; give another")
     config.sampling.params()
     validate_engine(config.model, config.cluster, config.plan, config.engine)
 
@@ -191,15 +201,15 @@ def validate_engine(model: ModelConfig, cluster: ClusterConfig, plan: PlanConfig
     rules = (
         ("cluster.workers", cluster.workers, cluster.workers >= 0, "0 or more"),
         ("cluster.threads", cluster.threads, cluster.threads is None or cluster.threads >= 1, "at least 1"),
-        ("cluster.deadline_s", cluster.deadline_s, cluster.deadline_s >= 1, "at least 1 second"),
-        ("cluster.join_timeout_s", cluster.join_timeout_s, cluster.join_timeout_s > 0, "more than 0"),
-        ("cluster.load_timeout_s", cluster.load_timeout_s, cluster.load_timeout_s > 0, "more than 0"),
+        ("cluster.deadline_s", cluster.deadline_s, 1 <= cluster.deadline_s <= DAY_S, "1 to 86400 seconds"),
+        ("cluster.join_timeout_s", cluster.join_timeout_s, 0 < cluster.join_timeout_s <= DAY_S, "in (0, 86400]"),
+        ("cluster.load_timeout_s", cluster.load_timeout_s, 0 < cluster.load_timeout_s <= DAY_S, "in (0, 86400]"),
         ("plan.layers", plan.layers, all(n >= 0 for n in plan.layers or []), "numbers of 0 or more"),
         ("plan.memory_fraction", plan.memory_fraction, 0 < plan.memory_fraction <= 1, "in (0, 1]"),
         ("plan.min_gain", plan.min_gain, plan.min_gain >= 0, "0 or more"),
-        ("engine.max_requests", engine.max_requests, engine.max_requests >= 1, "at least 1"),
-        ("engine.prompt_chunk", engine.prompt_chunk, engine.prompt_chunk >= 1, "at least 1"),
-        ("engine.block_tokens", engine.block_tokens, engine.block_tokens >= 1, "at least 1"),
+        ("engine.max_requests", engine.max_requests, 1 <= engine.max_requests <= 4096, "1 to 4096"),
+        ("engine.prompt_chunk", engine.prompt_chunk, 1 <= engine.prompt_chunk <= 65536, "1 to 65536"),
+        ("engine.block_tokens", engine.block_tokens, 1 <= engine.block_tokens <= 1024, "1 to 1024"),
         ("engine.kv_tokens", engine.kv_tokens, engine.kv_tokens is None or engine.kv_tokens >= 1, "at least 1"),
         (
             "engine.steps_in_flight",

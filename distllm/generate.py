@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -42,11 +43,11 @@ def read_prompt(given: str) -> str:
         ValueError: it is empty, or the file cannot be read.
     """
     if given == "-":
-        text = sys.stdin.read().removesuffix("\n")
+        text = _decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")
     elif given.startswith("@"):
-        text = _read_text(Path(given[1:])).removesuffix("\n")
+        text = _read_text(Path(given[1:]), f"prompt={given}").removesuffix("\n")
     else:
-        text = given
+        text = _decoded(os.fsencode(given), "the prompt")
     if not text:
         raise ValueError(
             "the prompt is empty; give prompt=TEXT, prompt=@FILE, or prompt=- and something on standard input"
@@ -60,7 +61,9 @@ def read_lines(path: Path) -> list[Line]:
     Raises:
         ValueError: the file cannot be read or has no lines.
     """
-    numbered = [(number, text) for number, text in enumerate(_read_text(path).split("\n"), 1) if text.strip()]
+    numbered = [
+        (number, text) for number, text in enumerate(_read_text(path, f"prompts={path}").split("\n"), 1) if text.strip()
+    ]
     if not numbered:
         raise ValueError(f"prompts={path}: has no lines")
     return [_line(index, number, text) for index, (number, text) in enumerate(numbered)]
@@ -69,7 +72,7 @@ def read_lines(path: Path) -> list[Line]:
 def _line(index: int, number: int, text: str) -> Line:
     try:
         asked = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         return Line(index, number, {}, f"line {number}: is not JSON: {error}")
     if not isinstance(asked, dict) or len(asked.keys() & {"prompt", "messages"}) != 1:
         return Line(index, number, {}, f'line {number}: must be {{"prompt": ...}} or {{"messages": [...]}}')
@@ -81,13 +84,18 @@ def _line(index: int, number: int, text: str) -> Line:
     return Line(index, number, asked)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, name: str) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        return _decoded(path.expanduser().read_bytes(), name).replace("\r\n", "\n")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decoded(text: bytes, name: str) -> str:
+    try:
+        return text.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text: {error}") from error
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {text[error.start]:#04x}") from error
 
 
 def check_room(output: Path, lines: Sequence[Line], max_tokens: int) -> None:
@@ -96,13 +104,18 @@ def check_room(output: Path, lines: Sequence[Line], max_tokens: int) -> None:
     Raises:
         ValueError: the folder is missing or not writable, or the disk is too full for the answers.
     """
-    folder = output.expanduser().parent
+    target = _target(output)
+    folder = target.parent
     if not folder.is_dir():
         raise ValueError(f"output={output}: there is no folder {folder}")
-    if output.expanduser().is_dir():
+    if target.is_dir():
         raise ValueError(f"output={output}: is a folder; give a file")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"output={output}: {folder} is not writable")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"output={output}: is not an ordinary file; leave output out for standard output")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"output={output}: {folder} cannot be written to: {error.strerror}") from error
     needed = sum(len(json.dumps(line.asked)) + max_tokens * TOKEN_BYTES for line in lines)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -130,6 +143,7 @@ def batch(llm: LLM, lines: Sequence[Line], output: Path | None, params: Sampling
             nonlocal at
             while at in answers:
                 file.write(json.dumps(answers.pop(at), ensure_ascii=False) + "\n")
+                file.flush()
                 at = next(order, len(lines))
 
         def on_output(done: Output) -> None:
@@ -200,15 +214,22 @@ def _whole_file(output: Path | None) -> Iterator[TextIO]:
     if output is None:
         yield sys.stdout
         return
-    target = output.expanduser()
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    target = _target(output)
+    part = target.with_name(f".distllm-{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with part.open("x", encoding="utf-8") as file:
+            if target.exists():
+                shutil.copymode(target, part)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, target)
+        part.replace(target)
     except OSError as error:
         raise OSError(f"output={output}: {error.strerror or error}; nothing was written there") from error
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def _target(output: Path) -> Path:
+    """The file that a name means, through links, so that it is the file that is replaced and not the link."""
+    return output.expanduser().resolve()

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, validate_engine
-from distllm.core import EngineError, FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
+from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
+from distllm.engine.home import home
 from distllm.engine.job import Options
 from distllm.net.store import Rendezvous
 
@@ -105,6 +106,8 @@ class LLM:
         rendezvous = launched()
         if rendezvous is not None and rendezvous.rank != 0:
             raise SystemExit(serve_here(options.cluster))
+        if rendezvous is not None and rendezvous.world_size > 1:
+            home.meet(rendezvous)
         self._engine = Engine(options, rendezvous)
 
     @property
@@ -214,10 +217,6 @@ class LLM:
         finally:
             if not finished:
                 self._engine.master.cancel(request.id)
-
-    def failure(self, timeout_s: float) -> EngineError | None:
-        """Why the engine ended, if it does within the time; None if it runs on."""
-        return self._engine.master.failure(timeout_s)
 
     def close(self) -> None:
         """Frees the model; ranks that were started for it end, those of a launcher stay for the next one."""

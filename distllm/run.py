@@ -11,8 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +24,7 @@ logger = logging.getLogger("distllm")
 DEFAULT_PROMPT = "Once upon a time"
 # Ranks other than 0 leave the word on a bad command line to rank 0; this long they wait for its end to end them.
 SILENCE_S = 5.0
-VERDICT_S = 4.0
+VERDICT_S = 2.5
 
 
 class Terminated(BaseException):
@@ -46,15 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _lead(given: Sequence[str]) -> int:
-    with _signals():
-        try:
-            return _task(given)
-        except (ValueError, EngineError, OSError) as error:
-            return _say(str(error), 2 if isinstance(error, ValueError) else 1)
-        except KeyboardInterrupt:
-            return _say("interrupted", 130)
-        except Terminated:
-            return _say("ended by SIGTERM", 143)
+    _listen_to_signals()
+    try:
+        code = _task(given)
+    except (ValueError, EngineError, OSError) as error:
+        code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    except Terminated:
+        code = _say("ended by SIGTERM", 143)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _dismiss(code)
+    return code
+
+
+def _dismiss(code: int) -> None:
+    """Lets the launcher's other ranks end as this one does."""
+    from distllm.engine.home import home
+    from distllm.llm import launched
+
+    if (rendezvous := launched()) is not None:
+        home.meet(rendezvous)
+        home.dismiss(code)
 
 
 def _say(sentence: str, code: int) -> int:
@@ -62,25 +74,32 @@ def _say(sentence: str, code: int) -> int:
     return code
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """SIGTERM raises Terminated, once: what follows is the way out."""
+def _listen_to_signals() -> None:
+    """The first signal ends the task; others find it on its way out.
 
-    def terminate(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    A launcher that loses one rank sends SIGTERM to the rest at once. The name of the lost one is worth a moment, in
+    which the engine notices by itself.
+    """
+    others = int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+    def end(number: int, *_: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM and others:
+            signal.setitimer(signal.ITIMER_REAL, VERDICT_S)
+            return
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(each, end)
 
 
 def _task(given: Sequence[str]) -> int:
     flags, overrides = split_arguments(given)
     if flags.help:
-        print(help_text())
+        print(help_text(flags.config_dir))
         return 0
     config = compose(flags, overrides)
     if flags.cfg:
@@ -104,56 +123,38 @@ def _run(config: Config) -> int:
 def _generate(config: Config) -> int:
     """One prompt streamed, or a file of them."""
     from distllm import generate
-    from distllm.engine.home import home
     from distllm.llm import LLM
 
-    lines = generate.read_lines(Path(config.prompts)) if config.prompts is not None else None
-    if lines is not None and config.output is not None:
-        generate.check_room(Path(config.output), lines, config.sampling.max_tokens)
-    prompt = generate.read_prompt(DEFAULT_PROMPT if config.prompt is None else config.prompt)
-    code = 1
-    llm = None
-    try:
-        llm = LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine)
-        with llm:
-            if lines is None:
-                code = generate.stream(llm, prompt, config.sampling.params())
-            else:
-                output = None if config.output is None else Path(config.output)
-                code = generate.batch(llm, lines, output, config.sampling.params())
-        return code
-    except Terminated:
-        # A launcher ends all ranks when one dies; that one's name is worth the wait.
-        if llm is not None and (verdict := llm.failure(VERDICT_S)) is not None:
-            raise verdict from None
-        raise
-    finally:
-        home.dismiss(code)
+    output = None if config.output is None else Path(config.output)
+    params = config.sampling.params()
+    if config.prompts is None:
+        prompt = generate.read_prompt(DEFAULT_PROMPT if config.prompt is None else config.prompt)
+        with LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine) as llm:
+            return generate.stream(llm, prompt, params)
+    lines = generate.read_lines(Path(config.prompts))
+    if output is not None:
+        generate.check_room(output, lines, params.max_tokens)
+    with LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine) as llm:
+        return generate.batch(llm, lines, output, params)
 
 
 def _plan(config: Config) -> int:
     """Who would hold what: a table for people on standard error, JSON on standard output."""
     from distllm.engine.engine import Ranks, open_blueprint
-    from distllm.engine.home import home
     from distllm.engine.job import Job, Options
     from distllm.llm import launched
     from distllm.plan.report import as_json, as_table
 
     options = Options(model=config.model, cluster=config.cluster, plan=config.plan, engine=config.engine)
-    code = 1
+    blueprint = open_blueprint(options)
+    ranks = Ranks(options, launched())
     try:
-        blueprint = open_blueprint(options)
-        ranks = Ranks(options, launched())
-        try:
-            job = Job(options, blueprint, ranks.cluster)
-        finally:
-            ranks.close()
-        print(as_table(job.plan, job.members, job.sizes, job.name), file=sys.stderr)
-        print(json.dumps(as_json(job.plan, job.members, job.sizes, job.name), indent=2))
-        code = 0
-        return code
+        job = Job(options, blueprint, ranks.cluster)
     finally:
-        home.dismiss(code)
+        ranks.close()
+    print(as_table(job.plan, job.members, job.sizes, job.name), file=sys.stderr)
+    print(json.dumps(as_json(job.plan, job.members, job.sizes, job.name), indent=2))
+    return 0
 
 
 def _follow(given: Sequence[str], rank: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 from torch.distributed import TCPStore
@@ -28,6 +29,7 @@ class Home:
     def __init__(self) -> None:
         self._store: TCPStore | None = None
         self._node: Node | None = None
+        self._promised: Rendezvous | None = None
         self._launched: Cluster | None = None
 
     def start(self, config: ClusterConfig) -> Cluster:
@@ -50,6 +52,12 @@ class Home:
             local.end()
             raise
 
+    def meet(self, rendezvous: Rendezvous) -> None:
+        """Promises the ranks of a launcher that they will be led, or told that they will not."""
+        if self._promised is None:
+            self._promised = rendezvous
+            atexit.register(self.dismiss)
+
     def lead(self, rendezvous: Rendezvous, config: ClusterConfig) -> Cluster:
         """The ranks that a launcher started; they stay until this process ends.
 
@@ -59,15 +67,19 @@ class Home:
         if self._launched is None:
             self._node = Node(rendezvous, config.interface, config.join_timeout_s)
             self._launched = Cluster(self._node, None, rendezvous.world_size, join_timeout_s=config.join_timeout_s)
-            atexit.register(self.dismiss)
         return self._launched
 
     def dismiss(self, code: int | None = None) -> None:
         """Ends the launched ranks, with an exit code that says how this process ends."""
-        launched, self._launched = self._launched, None
-        if launched is not None:
+        promised, self._promised = self._promised, None
+        if promised is None:
+            return
+        if self._launched is not None:
             failed = getattr(sys, "last_value", None) is not None
-            launched.stop(int(failed) if code is None else code)
+            self._launched.stop(int(failed) if code is None else code)
+        elif not promised.hosts_store:
+            with suppress(ValueError):  # the store is gone, and they will notice that
+                store.give_up(promised)
 
 
 home = Home()

@@ -79,11 +79,6 @@ class Master:
         self._inbox.put(None)
         self._thread.join(END_TIMEOUT_S + self._pipeline.deadline_s)
 
-    def failure(self, timeout_s: float) -> EngineError | None:
-        """Why the engine ended, waiting for the verdict if it is being found."""
-        self._thread.join(timeout_s)
-        return self._failure
-
     def _run(self) -> None:
         """The thread; this is the edge at which whatever ended the engine is told to every caller."""
         error: EngineError | None = None

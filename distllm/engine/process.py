@@ -72,7 +72,7 @@ class Watch:
         try:
             known = call_by_name(self._master, "master", "knows", self._member.life, timeout_s=self._deadline_s)
         except PeerLost as lost:
-            logger.warning("%s: the master %s; ending", self._member, lost.reason)
+            logger.warning("%s ends: of the master, %s", self._member, lost.reason)
             return False
         return bool(known)
 
@@ -83,10 +83,14 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
     Raises:
         ValueError: the master cannot be reached or refuses this rank; the sentence says why.
     """
-    node = Node(rendezvous, interface, join_timeout_s)
-    worker = Worker(rendezvous.rank, node)
-    expose("worker", worker)
-    master = node.find_master(join_timeout_s)
+    try:
+        node = Node(rendezvous, interface, join_timeout_s)
+        worker = Worker(rendezvous.rank, node)
+        expose("worker", worker)
+        master = node.find_master(join_timeout_s)
+    except ConnectionError as error:
+        logger.info("rank %d ends: %s", rendezvous.rank, error)
+        return 1
     member = replace(host.describe(rendezvous.rank), life=node.life)
     watch = Watch(master, member, deadline_s)
     watch.listen()
@@ -95,7 +99,7 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
             master, "master", "register", Registration(member, node.identity), timeout_s=REGISTER_TIMEOUT_S
         )
     except PeerLost as lost:
-        raise ValueError(f"rank {rendezvous.rank} could not register: the master {lost.reason}") from lost
+        raise ValueError(f"rank {rendezvous.rank} could not register: of the master, {lost.reason}") from lost
     if refusal:
         raise ValueError(f"{member} was refused: {refusal}")
     threading.Thread(target=_run, args=(worker, watch), name="distllm-worker", daemon=True).start()

@@ -120,7 +120,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -131,6 +131,10 @@ def attention(
     Raises:
         NotImplementedError: a layer asks for something that is not built, such as attention sinks.
     """
+    if attention_mask is not None:
+        raise NotImplementedError("its attention needs masks of its own, which distllm does not have")
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError("its attention looks at later tokens too, which distllm has not computed yet")
     unknown = [name for name, given in rest.items() if given is not None and name not in HARMLESS]
     if unknown:
         raise NotImplementedError(f"its attention needs {', '.join(sorted(unknown))}, which distllm does not have")

@@ -131,4 +131,8 @@ def _attention_of_layers(model: PreTrainedModel, layers: str) -> tuple[Attention
             f"{kind}: layer {missing[0]} does not use transformers' attention interface "
             "(ALiBi, recurrent or linear attention); its state cannot be kept by distllm"
         )
+    types = getattr(model.config, "layer_types", None) or ()
+    for index, layer_type in enumerate(types[:count]):
+        if layer_type == "sliding_attention" and recorder.kinds[index].window is None:
+            raise ValueError(f"{kind}: layer {index} has a sliding window only in its mask, which distllm does not make")
     return tuple(recorder.kinds[index] for index in range(count))

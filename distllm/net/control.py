@@ -177,4 +177,5 @@ def call_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float
 def _lost(name: str, error: RuntimeError) -> PeerLost:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     timed_out = "timeout" in text.lower() or "timed out" in text.lower()
-    return PeerLost(name, "does not answer" if timed_out else f"its connection is closed ({text})", timed_out=timed_out)
+    logger.debug("%s: %s", name, text)
+    return PeerLost(name, "it does not answer" if timed_out else "its connection is closed", timed_out=timed_out)

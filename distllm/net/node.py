@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from datetime import timedelta
 
 from torch.distributed import Store
 
@@ -48,18 +47,21 @@ class Node:
 
     def lead(self) -> None:
         """Says that this process is the master, once it can be called."""
-        self.store.set("master", self.identity.name)
+        self.store.set(store.MASTER, self.identity.name)
 
     def find_master(self, timeout_s: float) -> str:
-        """
+        """The name of rank 0's agent.
+
         Raises:
             ValueError: no master appeared in time.
+            ConnectionError: the store is gone, or rank 0 gave up.
         """
-        try:
-            self.store.wait(["master"], timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise ValueError(f"rank 0 did not come up within {timeout_s:g} s") from error
-        return str(self.store.get("master").decode())
+        if store.wait_for(self.store, [store.MASTER], timeout_s):
+            raise ValueError(f"rank 0 did not come up within {timeout_s:g} s")
+        name: str = self.store.get(store.MASTER).decode()
+        if name == store.GIVEN_UP:
+            raise ConnectionError("rank 0 gave up")
+        return name
 
     def new_epoch(self) -> int:
         """A number that no epoch of this job has had."""

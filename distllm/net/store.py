@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +12,11 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from distllm.net import address
 from distllm.net.address import Interface
+
+MASTER = "master"
+GIVEN_UP = "given up"
+POLL_S = 0.05
+CONNECT_SLICE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,17 +82,40 @@ def connect(rendezvous: Rendezvous, timeout_s: float) -> Store:
         ValueError: nobody answers there within the time.
     """
     where = f"{rendezvous.host}:{rendezvous.port}"
+    deadline = time.monotonic() + timeout_s
+    while True:
+        slice_s = min(CONNECT_SLICE_S, timeout_s)
+        try:
+            client = TCPStore(
+                rendezvous.host,
+                rendezvous.port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=slice_s),
+            )
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"no store answers at {where} within {timeout_s:g} s; is the first node up?"
+                ) from error
+            continue
+        client.set_timeout(timedelta(seconds=timeout_s))
+        return PrefixStore(f"distllm/{rendezvous.job}", client)
+
+
+def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
+    """Waits until keys are set, in slices, so that signals are heard; returns those that are still missing.
+
+    Raises:
+        ConnectionError: the store is gone.
+    """
+    deadline = time.monotonic() + timeout_s
     try:
-        client = TCPStore(
-            rendezvous.host,
-            rendezvous.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-        )
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"no store answers at {where} within {timeout_s:g} s; is the first node up?") from error
-    return PrefixStore(f"distllm/{rendezvous.job}", client)
+        while (missing := [key for key in keys if not store.check([key])]) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    except RuntimeError as error:
+        raise ConnectionError(f"the job's store is gone: {str(error).splitlines()[0]}") from error
+    return missing
 
 
 def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, timeout_s: float) -> Interface:
@@ -93,18 +123,20 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
 
     Raises:
         ValueError: a rank did not say in time where it is, or the interface does not exist.
+        ConnectionError: the store is gone.
     """
     if wish is not None:
         return address.named(wish)
     store.set(f"host/{rendezvous.rank}", address.network_id())
     keys = [f"host/{rank}" for rank in range(rendezvous.world_size)]
-    try:
-        store.wait(keys, timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise ValueError(
-            f"ranks {absent} did not start within {timeout_s:g} s; is the job running on every host?"
-        ) from error
+    if missing := wait_for(store, [*keys], timeout_s):
+        absent = [int(key.removeprefix("host/")) for key in missing]
+        raise ValueError(f"ranks {absent} did not start within {timeout_s:g} s; is the job running on every host?")
     if len({store.get(key) for key in keys}) == 1:
         return address.loopback()
     return address.routing_to(rendezvous.host, rendezvous.port)
+
+
+def give_up(rendezvous: Rendezvous) -> None:
+    """Tells ranks that wait for a master that there will be none."""
+    connect(rendezvous, CONNECT_SLICE_S).set(MASTER, GIVEN_UP)

@@ -1,0 +1,193 @@
+"""What a benchmark found, as JSON for programs and as a table for people.
+
+Knows how to say it; not how it was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from distllm.bench.figures import OURS, Comparison, Difference, Spread, StageSpent
+from distllm.config import BenchConfig
+from distllm.core import Plan
+from distllm.plan.partition import human_bytes
+
+CPUINFO = Path("/proc/cpuinfo")
+PACKAGES = ("distllm", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What was measured, and on what."""
+
+    model: str
+    path: str
+    dtype: str
+    cores: int
+    cpu: str
+    options: BenchConfig
+    plan: Plan
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cpu_model(cpuinfo: Path = CPUINFO) -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def as_json(setting: Setting, comparisons: Sequence[Comparison]) -> dict[str, object]:
+    """Rates in tokens/s; `ratio` is how many times the rival's rate distllm's is."""
+    return {
+        "config": _config(setting),
+        "plan": [
+            {"rank": stage.rank, "holds": str(stage.span), "weight_bytes": stage.weight_bytes}
+            for stage in setting.plan.stages
+        ],
+        "results": [_result(each) for each in comparisons],
+    }
+
+
+def _config(setting: Setting) -> dict[str, object]:
+    return {
+        "model": setting.model,
+        "path": setting.path,
+        "dtype": setting.dtype,
+        "threads_per_rank": 1,
+        **asdict(setting.options),
+        "cores": setting.cores,
+        "cpu": setting.cpu,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def _result(comparison: Comparison) -> dict[str, object]:
+    return {
+        "requests": comparison.requests,
+        "engines": {name: _spread(comparison.rates(name)) for name in comparison.engines},
+        "rivals": {
+            name: {"tokens": _check(comparison.difference(name)), "ratio": _spread(comparison.ratios(name))}
+            for name in comparison.rivals
+        },
+        "stages": [_stage(each, comparison.seconds) for each in comparison.stages],
+    }
+
+
+def _spread(spread: Spread) -> dict[str, object]:
+    return {
+        "values": [round(value, 3) for value in spread.values],
+        "median": round(spread.median, 3),
+        "min": round(spread.lowest, 3),
+        "max": round(spread.highest, 3),
+    }
+
+
+def _check(difference: Difference | None) -> dict[str, object]:
+    return {"equal": difference is None, "first_difference": None if difference is None else asdict(difference)}
+
+
+def _parts(stage: StageSpent, seconds: float) -> dict[str, float]:
+    """Where the seconds of the batches went on one stage; `other` is what its steps do not account for."""
+    known = {"wait": stage.wait_s, "layers": stage.layers_s, "head": stage.head_s}
+    return known | {"other": max(0.0, seconds - sum(known.values()))}
+
+
+def _stage(stage: StageSpent, seconds: float) -> dict[str, object]:
+    parts = _parts(stage, seconds)
+    return {
+        "rank": stage.rank,
+        "holds": stage.span,
+        "steps": stage.steps,
+        "seconds_per_step": {name: round(part / max(1, stage.steps), 6) for name, part in parts.items()},
+        "share": {name: round(part / seconds, 4) for name, part in parts.items()},
+    }
+
+
+def as_table(setting: Setting, comparisons: Sequence[Comparison]) -> str:
+    """The findings as plain text."""
+    options = setting.options
+    lines = [
+        f"{setting.model} ({setting.path}) in {setting.dtype}",
+        f"{options.ranks} ranks of one thread on {setting.cores} cores, {setting.cpu}; "
+        + ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new tokens each, greedy; "
+        f"{options.rounds} rounds after one to warm up",
+        "",
+        *(f"rank {stage.rank} holds {stage.span}, {human_bytes(stage.weight_bytes)}" for stage in setting.plan.stages),
+        "",
+        *_columns([RATE_HEAD, *(row for each in comparisons for row in _rate_rows(each))]),
+        "",
+        "where a step of distllm goes, in ms and as a share of the time; steps of several stages overlap",
+        *_columns([STAGE_HEAD, *(row for each in comparisons for row in _stage_rows(each))]),
+    ]
+    return "\n".join(lines)
+
+
+RATE_HEAD = ("requests", "engine", "tokens/s", "min", "max", "distllm does", "tokens")
+STAGE_HEAD = ("requests", "rank", "steps", "wait", "layers", "head", "other")
+
+
+def _rate_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for name in comparison.engines:
+        rates = comparison.rates(name)
+        told = (str(comparison.requests), name, f"{rates.median:.1f}", f"{rates.lowest:.1f}", f"{rates.highest:.1f}")
+        if name == OURS:
+            rows.append((*told, "", ""))
+        else:
+            rows.append((*told, f"{comparison.ratios(name).median:.2f} x", say(comparison.difference(name))))
+    return rows
+
+
+def say(difference: Difference | None) -> str:
+    """Whether a rival's tokens are distllm's; a near tie can flip in 16 bits."""
+    if difference is None:
+        return "equal"
+    ours, theirs = ("none" if token is None else str(token) for token in (difference.ours, difference.theirs))
+    return (
+        f"differ in {difference.requests} of the requests, first in request {difference.request} "
+        f"at position {difference.position}: {ours}, not {theirs}"
+    )
+
+
+def _stage_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    seconds = comparison.seconds
+    return [
+        (
+            str(comparison.requests),
+            str(stage.rank),
+            str(stage.steps),
+            *(
+                f"{1000 * part / max(1, stage.steps):.1f} ({part / seconds:.0%})"
+                for part in _parts(stage, seconds).values()
+            ),
+        )
+        for stage in comparison.stages
+    ]
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines of equal columns: names and sentences to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = {place for place, cell in enumerate(rows[0]) if cell in ("engine", "tokens")}
+    lines = (
+        "  ".join(
+            cell.ljust(width) if place in texts else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return [line.rstrip() for line in lines]

