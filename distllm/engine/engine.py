@@ -139,8 +139,7 @@ class Engine:
             "steps": totals.steps,
             "tokens": totals.tokens,
             "tokens_per_s": totals.tokens / totals.busy_s if totals.busy_s else 0.0,
-            "kv_blocks_used": self.master.kv_blocks_used,
-            "requests": self.master.requests,
+            **self.master.load(),
         }
 
     def close(self) -> None:

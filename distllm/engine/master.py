@@ -50,14 +50,14 @@ class Master:
         self._thread = threading.Thread(target=self._run, name="distllm-master", daemon=True)
         self._thread.start()
 
-    @property
-    def kv_blocks_used(self) -> int:
-        return self._scheduler.kv_blocks_used
-
-    @property
-    def requests(self) -> int:
-        """Requests that wait or run."""
-        return self._scheduler.waiting + self._scheduler.running
+    def load(self) -> dict[str, object]:
+        """What waits, runs and is held now."""
+        scheduler = self._scheduler
+        return {
+            "requests": scheduler.waiting + scheduler.running,
+            "kv_blocks_used": scheduler.kv_blocks_used,
+            "preemptions": scheduler.preemptions,
+        }
 
     def submit(self, delivery: Delivery) -> None:
         """Queues a request; its pieces, or the error that ends it, go to its sink.

@@ -122,6 +122,7 @@ class Scheduler:
         self._claim: _Job | None = None  # the oldest that was refused blocks
         self._next_age = 0
         self._next_step = 0
+        self.preemptions = 0
         self.set_prompt_chunk(prompt_chunk)
 
     @property
@@ -288,6 +289,7 @@ class Scheduler:
                 self._claim = job
                 return False
             self._preempt(victim)
+            self.preemptions += 1
         expected = self._blocks(max(stop, min(job.longest, self._limit)))
         self._pool.take(job.request.id, count, expected=expected)
         if self._claim is job:

@@ -91,7 +91,9 @@ def free_port() -> int:
 def one_agent(ranks: int, *words: str) -> list[list[str]]:
     """One torchrun for all ranks."""
     port = f"--master-port={free_port()}"
-    return [[sys.executable, "-m", "torch.distributed.run", port, f"--nproc-per-node={ranks}", "-m", "distllm.run", *words]]
+    return [
+        [sys.executable, "-m", "torch.distributed.run", port, f"--nproc-per-node={ranks}", "-m", "distllm.run", *words]
+    ]
 
 
 def agent_per_rank(ranks: int, *words: str) -> list[list[str]]:

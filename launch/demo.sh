@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Two ranks on this host share the default model and write a text. Further words are passed on: prompt="Hello" ...
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+environment
+exec "$python" -m torch.distributed.run --nproc-per-node 2 --master-port "$(free_port)" -m distllm.run "$@"

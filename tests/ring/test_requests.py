@@ -1,0 +1,84 @@
+"""Many requests at once: sampled tokens do not depend on the company, and little KV room loses nobody."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from fakes import tiny_checkpoint
+
+from distllm import LLM, SamplingParams
+from distllm.config import ClusterConfig, EngineConfig
+
+SAMPLED = SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=200, repetition_penalty=1.1, seed=1234)
+
+
+def opened(folder: Path, ranks: int, **engine: int) -> LLM:
+    cluster = ClusterConfig(workers=ranks, threads=1)
+    return LLM(folder, dtype="float32", cluster=cluster, engine=EngineConfig(**engine))
+
+
+def test_sampling_depends_on_seed_and_position_only(smollm2: Path) -> None:
+    prompt = "The old lighthouse keeper"
+    others = [f"Number {index} is" + " very" * index for index in range(31)]
+    answers = set()
+    for ranks in (1, 2, 3):
+        with opened(smollm2, ranks, kv_tokens=4096, prompt_chunk=128) as llm:
+            alone = llm.generate([prompt], SAMPLED)[0].token_ids
+            crowd = SamplingParams(max_tokens=8, temperature=1.3)
+            requests = [(text, llm.request(text, crowd)) for text in others]
+            requests.insert(17, (prompt, llm.request(prompt, SAMPLED)))
+            answers |= {alone, llm.answer(requests)[17].token_ids}
+    assert len(answers) == 1, answers
+    assert len(set(answers.pop())) > 4, "the sampled text should vary"
+
+
+def test_two_hundred_requests_in_room_for_ten(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", "llama")
+    draw = random.Random(7)
+    prompts = [[draw.randrange(256) for _ in range(draw.randrange(1, 90))] for _ in range(200)]
+    params = [SamplingParams(max_tokens=draw.randrange(1, 60), ignore_eos=True) for _ in prompts]
+    with opened(folder, 1, kv_tokens=16384) as llm:
+        plenty = llm.answer([(p, llm.request(p, q)) for p, q in zip(prompts, params, strict=True)])
+    threads_before = {thread.name for thread in threading.enumerate()}
+    with opened(folder, 3, kv_tokens=10 * 96, prompt_chunk=48, max_requests=24) as llm:
+        asked = [(p, llm.request(p, q)) for p, q in zip(prompts, params, strict=True)]
+        outputs = llm.answer(asked)
+        stats = llm.stats()
+        assert stats["preemptions"] > 0, "the room should have run out"  # type: ignore[operator]
+        assert stats["kv_blocks_used"] == 0
+        assert stats["requests"] == 0
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in plenty]
+    assert {thread.name for thread in threading.enumerate()} <= threads_before | {"MainThread"}
+    assert not psutil.Process().children(recursive=True)
+
+
+def test_a_caller_that_leaves_frees_its_room(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", "llama")
+    with opened(folder, 2, kv_tokens=1024) as llm:
+        stream = llm.stream("abc", SamplingParams(max_tokens=400, ignore_eos=True))
+        assert next(stream).token_ids
+        stream.close()
+        (after,) = llm.generate(["abc"], SamplingParams(max_tokens=4))
+        assert len(after.token_ids) <= 4
+        assert llm.stats()["kv_blocks_used"] == 0
+
+
+def test_a_second_model_in_one_process(tmp_path: Path) -> None:
+    first = tiny_checkpoint(tmp_path / "first", "llama", seed=1)
+    second = tiny_checkpoint(tmp_path / "second", "qwen3", seed=2)
+    with opened(first, 1) as llm:
+        wanted = llm.generate(["hello"], SamplingParams(max_tokens=8))[0].token_ids
+    for folder, same in ((second, False), (first, True)):
+        with opened(folder, 2) as llm:
+            answer = llm.generate(["hello"], SamplingParams(max_tokens=8))[0].token_ids
+            assert (answer == wanted) == same
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused(tmp_path: Path, prompt: str | list[int]) -> None:
+    with opened(tiny_checkpoint(tmp_path / "model"), 1) as llm, pytest.raises(ValueError, match="prompt 0 is empty"):
+        llm.generate([prompt])
