@@ -1,0 +1,116 @@
+"""Two hosts, made as two network namespaces with process ids of their own: they have a link and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import Job
+from sockets import listening
+
+DEADLINE_S = 3
+END_S = 10.0
+PORT = 29400
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
+)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Names of the two namespaces; each has the interface `wire`, an unused one, and loopback."""
+
+    names: tuple[str, str]
+    addresses: tuple[str, str] = ("10.213.7.1", "10.213.7.2")
+
+    def run(self, host: int, *command: str) -> None:
+        subprocess.run(["ip", "netns", "exec", self.names[host], *command], check=True, timeout=10)
+
+    def command(self, host: int, *command: str) -> list[str]:
+        """A command on a host that cannot see the other's processes, and takes its own along when it ends."""
+        separate = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        return ["ip", "netns", "exec", self.names[host], *separate, *command]
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    tag = uuid.uuid4().hex[:6]
+    made = Hosts((f"dl-{tag}-a", f"dl-{tag}-b"))
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, timeout=10)
+
+    try:
+        for name in made.names:
+            ip("netns", "add", name)
+        ip(
+            "link",
+            "add",
+            "link",
+            "netns",
+            made.names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "link",
+            "netns",
+            made.names[1],
+        )
+        for host, address in enumerate(made.addresses):
+            made.run(host, "ip", "address", "add", f"{address}/24", "dev", "wire")
+            made.run(host, "ip", "link", "add", "unused", "type", "dummy")
+            made.run(host, "ip", "address", "add", f"10.99.{host}.1/24", "dev", "unused")
+            for interface in ("lo", "wire", "unused"):
+                made.run(host, "ip", "link", "set", interface, "up")
+        yield made
+    finally:
+        for name in made.names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, timeout=10)
+
+
+def job_on(hosts: Hosts, model: Path, *words: str) -> list[list[str]]:
+    """The README's way to run on several hosts."""
+    common = [f"model.path={model}", "cluster.threads=1", f"cluster.deadline_s={DEADLINE_S}", *words]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += [f"--master-addr={hosts.addresses[0]}", f"--master-port={PORT}"]
+    return [hosts.command(host, *torchrun, f"--node-rank={host}", "-m", "distllm.run", *common) for host in range(2)]
+
+
+Start = Callable[[Sequence[Sequence[str]]], Job]
+
+
+def test_two_hosts_answer(start: Start, hosts: Hosts, endless: Path) -> None:
+    job = start(job_on(hosts, endless, "prompt=hello", "sampling.max_tokens=8"))
+    assert job.wait(120) == [0, 0], job.err.read_text()
+    assert job.out.read_text().strip()
+
+
+def test_two_hosts_listen_on_their_link_only_and_end_when_it_goes_down(
+    start: Start, hosts: Hosts, endless: Path
+) -> None:
+    long = ["sampling.max_tokens=40000", "sampling.ignore_eos=true", "engine.max_requests=2", "prompt=hello"]
+    job = start(job_on(hosts, endless, *long))
+    job.wait_for_text()
+    ranks = job.ranks()
+    assert set(ranks) == {0, 1}
+    for rank, process in ranks.items():
+        assert listening(process.pid) == {hosts.addresses[rank]}, f"rank {rank}"
+    hosts.run(0, "ip", "link", "set", "wire", "down")
+    with pytest.raises(subprocess.CalledProcessError):
+        hosts.run(1, "sh", "-c", "grep -q 1 /sys/class/net/wire/carrier")
+    assert all(job.wait(END_S + DEADLINE_S))
+    (sentence,) = job.errors()
+    assert re.search(r"rank 1 \(host \S+, pid \d+\) is lost: it does not answer; the last step", sentence), sentence
+    psutil.wait_procs(list(job.seen.values()), timeout=END_S)
+    assert not job.alive()

@@ -1,0 +1,110 @@
+"""The RPC group lives through deaths: the only test of what relies on torch's private names, with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from distllm.net import store
+
+PEER = """
+import sys
+from distllm.net import control
+from distllm.net.node import Node
+from distllm.net.store import Rendezvous
+
+class Echo:
+    def echo(self, thing):
+        return thing
+    def late(self):
+        import time
+        time.sleep(30)
+
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+node = Node(Rendezvous(rank=rank, world_size=9, host="127.0.0.1", port=port, job="t", one_host=True), None, 20.0)
+control.expose("echo", Echo())
+print(node.identity.name, node.identity.id, flush=True)
+sys.stdin.readline()
+"""
+
+MASTER = (
+    PEER.replace("sys.stdin.readline()\n", "")
+    + """
+import time
+peers = {}
+for line in sys.stdin:
+    verb, *rest = line.split()
+    try:
+        if verb == "know":
+            peers[rest[0]] = control.Peer(control.AgentId(rest[0], int(rest[1])), "echo")
+            print("ok", flush=True)
+        elif verb == "echo":
+            print(peers[rest[0]].call("echo", {"a": (1, 2)}, timeout_s=5), flush=True)
+        elif verb == "late":
+            peers[rest[0]].call("late", timeout_s=0.5)
+        elif verb == "name":
+            print(control.call_by_name(rest[0], "echo", "echo", 5, timeout_s=5), flush=True)
+        elif verb == "bury":
+            control_id = control.AgentId(rest[0], int(rest[1]))
+            node.agent.bury([control_id]) if rest[2] == "all" else control.bury_here(control_id)
+            print("ok", flush=True)
+    except control.PeerLost as lost:
+        print("lost", lost.reason, lost.timed_out, flush=True)
+"""
+)
+
+
+class Process:
+    """A peer that answers a line with a line."""
+
+    def __init__(self, script: str, rank: int, port: int) -> None:
+        command = [sys.executable, "-c", script, str(rank), str(port)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.popen = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
+
+    def hear(self) -> str:
+        return str(self.popen.stdout.readline().strip())
+
+    def say(self, line: str) -> str:
+        self.popen.stdin.write(line + "\n")
+        self.popen.stdin.flush()
+        return self.hear()
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    _server, number = store.serve_on_loopback()
+    yield number
+    del _server
+
+
+@pytest.mark.timeout(120)
+def test_the_group_lives_through_deaths(port: int) -> None:
+    processes = [master := Process(MASTER, 0, port)]
+    try:
+        master.hear()
+        for round_ in range(3):
+            processes.append(peer := Process(PEER, 1 + round_, port))
+            name = peer.hear()
+            assert name, "the newcomer joined although others had died"
+            agent = name.split()[0]
+            assert master.say(f"know {name}") == "ok"
+            assert master.say(f"echo {agent}") == "{'a': (1, 2)}"
+            assert master.say(f"name {agent}") == "5"
+            if round_ == 0:
+                assert master.say(f"late {agent}") == "lost it does not answer True"
+            os.kill(peer.popen.pid, signal.SIGKILL)
+            assert peer.popen.wait(10) == -signal.SIGKILL
+            assert master.say(f"echo {agent}") == "lost its connection is closed False"
+            assert master.say(f"bury {name} all") == "ok"
+    finally:
+        for process in processes:
+            process.popen.kill()
+            process.popen.wait(10)
+            process.popen.stdin.close()
+            process.popen.stdout.close()

@@ -1,0 +1,83 @@
+"""Where ranks meet: ports, deadlines, and the interface that they choose."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import psutil
+import pytest
+
+from distllm.net import address, store
+from distllm.net.address import LOOPBACK
+from distllm.net.store import Rendezvous
+
+
+def rendezvous(port: int, rank: int = 0, world_size: int = 2, **more: bool) -> Rendezvous:
+    return Rendezvous(rank=rank, world_size=world_size, host=LOOPBACK, port=port, job="test", **more)
+
+
+def test_the_store_of_a_host_listens_on_loopback_only() -> None:
+    _server, port = store.serve_on_loopback()
+    mine = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.laddr and c.laddr.port == port]
+    assert mine
+    assert set(mine) == {LOOPBACK}
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
+            store.serve(rendezvous(port, hosts_store=True))
+
+
+def test_a_store_that_is_not_there_is_named() -> None:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(ValueError, match=rf"no store answers at 127\.0\.0\.1:{port} within 0\.5 s"):
+        store.connect(rendezvous(port), 0.5)
+
+
+def test_missing_ranks_are_named() -> None:
+    _server, port = store.serve_on_loopback()
+    where = rendezvous(port, world_size=3)
+    with pytest.raises(ValueError, match=r"ranks \[1, 2\] did not start within 0\.3 s"):
+        store.choose_interface(where, store.connect(where, 5), None, 0.3)
+
+
+def test_ranks_of_one_host_choose_loopback() -> None:
+    _server, port = store.serve_on_loopback()
+    chosen = []
+
+    def choose(rank: int) -> None:
+        where = rendezvous(port, rank)
+        chosen.append(store.choose_interface(where, store.connect(where, 5), None, 10))
+
+    threads = [threading.Thread(target=choose, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(15)
+    assert [each.address for each in chosen] == [LOOPBACK] * 2
+
+
+def test_an_interface_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.interface=eth99: this host has no such interface .* it has .*lo"):
+        address.named("eth99")
+    assert address.named("lo").is_loopback
+
+
+def test_a_name_that_does_not_resolve() -> None:
+    with pytest.raises(ValueError, match=r"no route to the master at no-such-host\.invalid:1"):
+        address.routing_to("no-such-host.invalid", 1)
+
+
+def test_giving_up_is_heard() -> None:
+    _server, port = store.serve_on_loopback()
+    where = rendezvous(port)
+    client = store.connect(where, 5)
+    assert store.wait_for(client, [store.MASTER], 0.1) == [store.MASTER]
+    store.give_up(where)
+    assert store.wait_for(client, [store.MASTER], 5) == []
+    assert client.get(store.MASTER).decode() == store.GIVEN_UP

@@ -1,0 +1,109 @@
+"""Rings of real Gloo sockets, each rank in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from distllm.net import store
+from distllm.net.address import LOOPBACK, loopback
+from distllm.net.store import Rendezvous
+from distllm.net.wire import Wire, WireBroken, backend_between
+
+BYTES = 4096
+
+
+@pytest.fixture
+def ring() -> Callable[..., list[Wire]]:
+    _server, port = store.serve_on_loopback()
+
+    def form(size: int, epoch: int = 1, deadline_s: float = 5.0) -> list[Wire]:
+        def join(position: int) -> Wire:
+            where = Rendezvous(rank=position, world_size=size, host=LOOPBACK, port=port, job="test", one_host=True)
+            client = store.connect(where, 5)
+            return Wire(
+                client, epoch, loopback(), position=position, size=size, receive_bytes=BYTES, deadline_s=deadline_s
+            )
+
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(join, range(size)))
+
+    form.server = _server  # type: ignore[attr-defined]
+    return form
+
+
+def frame(number: int, size: int = 64) -> torch.Tensor:
+    return torch.full((size,), number, dtype=torch.uint8)
+
+
+def forward(wire: Wire, count: int) -> None:
+    for _ in range(count):
+        wire.send(wire.receive()[:64].clone())
+    wire.flush()
+
+
+def test_frames_go_round_in_order(ring: Callable[..., list[Wire]]) -> None:
+    wires = ring(3)
+    others = [threading.Thread(target=forward, args=(wire, 10)) for wire in wires[1:]]
+    for thread in others:
+        thread.start()
+    home = []
+    for number in range(10):
+        wires[0].send(frame(number))
+        if number >= 2:  # as many in flight as stages
+            home.append(int(wires[0].receive()[0]))
+    home += [int(wires[0].receive()[0]) for _ in range(2)]
+    assert home == list(range(10))
+    for thread in others:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_neighbour_that_closes_breaks_the_ring_at_once(ring: Callable[..., list[Wire]]) -> None:
+    wires = ring(3, deadline_s=60.0)
+    wires[1].close()
+    with pytest.raises(WireBroken) as broken:
+        wires[2].receive()
+    assert not broken.value.timed_out
+
+
+def test_a_silent_neighbour_breaks_the_ring_at_the_deadline(ring: Callable[..., list[Wire]]) -> None:
+    wires = ring(2, deadline_s=1.0)
+    began = time.monotonic()
+    with pytest.raises(WireBroken) as broken:
+        wires[0].receive()
+    assert broken.value.timed_out
+    assert time.monotonic() - began >= 0.9
+
+
+def test_the_next_epoch_forms_after_a_break(ring: Callable[..., list[Wire]]) -> None:
+    first = ring(2, epoch=1)
+    for wire in first:
+        wire.close()
+    second = ring(2, epoch=2)
+    thread = threading.Thread(target=forward, args=(second[1], 1))
+    thread.start()
+    second[0].send(frame(9))
+    assert int(second[0].receive()[0]) == 9
+    thread.join(10)
+
+
+def test_a_ring_without_all_members_does_not_form(ring: Callable[..., list[Wire]]) -> None:
+    del ring
+    _server, port = store.serve_on_loopback()
+    where = Rendezvous(rank=0, world_size=2, host=LOOPBACK, port=port, job="test", one_host=True)
+    with pytest.raises(WireBroken, match="did not form"):
+        Wire(store.connect(where, 5), 1, loopback(), position=0, size=2, receive_bytes=BYTES, deadline_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "backend"),
+    [("cpu", "cpu", "gloo"), ("cuda:0", "cpu", "gloo"), ("cpu", "cuda:1", "gloo"), ("cuda:0", "cuda:1", "nccl")],
+)
+def test_the_backend_follows_the_devices_of_a_link(sender: str, receiver: str, backend: str) -> None:
+    assert backend_between(sender, receiver) == backend
