@@ -56,20 +56,16 @@ def hosts() -> Iterator[Hosts]:
         ip(
             "link",
             "add",
-            "link",
+            "name",
+            "wire",
             "netns",
             made.names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "link",
-            "netns",
+            *["type", "veth", "peer", "name", "wire", "netns"],
             made.names[1],
         )
         for host, address in enumerate(made.addresses):
             made.run(host, "ip", "address", "add", f"{address}/24", "dev", "wire")
-            made.run(host, "ip", "link", "add", "unused", "type", "dummy")
+            made.run(host, "ip", "link", "add", "name", "unused", "type", "veth", "peer", "name", "unused-end")
             made.run(host, "ip", "address", "add", f"10.99.{host}.1/24", "dev", "unused")
             for interface in ("lo", "wire", "unused"):
                 made.run(host, "ip", "link", "set", interface, "up")

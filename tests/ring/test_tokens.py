@@ -16,9 +16,9 @@ from distllm import LLM, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
 
 TEXT = (
-    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it "
-    "was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
-    "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing before us. "
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
+    "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
+    "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us. "
 )
 LENGTHS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 64, 100, 150, 223, 256, 400, 700, 1100, 1500)
 FEW_LENGTHS = (1, 7, 17, 64, 223)
