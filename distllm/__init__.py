@@ -5,6 +5,7 @@ The public names are loaded at first use, so that importing distllm costs nothin
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from distllm.core import EngineError, Output, Piece, SamplingParams, Usage
@@ -17,6 +18,8 @@ __all__ = ["LLM", "EngineError", "Output", "Piece", "SamplingParams", "Usage", "
 
 def __getattr__(name: str) -> Any:
     if name in ("LLM", "serve_here"):
+        # torch warns of every connection that closes, which is how ranks end; it asks when it is first imported.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from distllm import llm
 
         return getattr(llm, name)

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from distllm.config import ClusterConfig
 from distllm.engine.cluster import Cluster
 from distllm.engine.local import LocalRanks
-from distllm.net import address, store
+from distllm.net import address, control, store
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
 
@@ -27,6 +27,7 @@ class Home:
     """The one of this process is `home`."""
 
     def __init__(self) -> None:
+        self._ends_at_exit = False
         self._store: TCPStore | None = None
         self._node: Node | None = None
         self._promised: Rendezvous | None = None
@@ -38,6 +39,7 @@ class Home:
         Raises:
             ValueError, EngineError: they do not come up; the sentence says why.
         """
+        self._end_at_exit()
         if self._node is None:
             self._store, port = store.serve_on_loopback()
             rendezvous = Rendezvous(
@@ -54,9 +56,8 @@ class Home:
 
     def meet(self, rendezvous: Rendezvous) -> None:
         """Promises the ranks of a launcher that they will be led, or told that they will not."""
-        if self._promised is None:
-            self._promised = rendezvous
-            atexit.register(self.dismiss)
+        self._end_at_exit()
+        self._promised = self._promised or rendezvous
 
     def lead(self, rendezvous: Rendezvous, config: ClusterConfig) -> Cluster:
         """The ranks that a launcher started; they stay until this process ends.
@@ -80,6 +81,16 @@ class Home:
         elif not promised.hosts_store:
             with suppress(ValueError):  # the store is gone, and they will notice that
                 store.give_up(promised)
+
+
+    def _end_at_exit(self) -> None:
+        if not self._ends_at_exit:
+            self._ends_at_exit = True
+            atexit.register(self._end)
+
+    def _end(self) -> None:
+        self.dismiss()
+        control.leave()
 
 
 home = Home()

@@ -60,8 +60,8 @@ class Status:
     """A snapshot of a worker.
 
     `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended) and
-    `failure` why it could not be. `received` and `finished` are ids of steps, -1 before the first; `still_s` is the time
-    since the last progress.
+    `failure` why it could not be. `received` and `finished` are ids of steps, -1 before the first; `still_s` is the
+    time since the last progress.
     """
 
     epoch: int = 0

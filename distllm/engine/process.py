@@ -103,7 +103,11 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
     if refusal:
         raise ValueError(f"{member} was refused: {refusal}")
     threading.Thread(target=_run, args=(worker, watch), name="distllm-worker", daemon=True).start()
-    return watch.wait()
+    code = watch.wait()
+    if not watch.done.is_set():
+        end_process(code)  # its loop may sit in a receive that nothing can cancel
+    node.leave()
+    return code
 
 
 def _run(worker: Worker, watch: Watch) -> None:
@@ -114,7 +118,7 @@ def _run(worker: Worker, watch: Watch) -> None:
 
 
 def end_process(code: int) -> None:
-    """Ends the process at once: its loop may sit in a receive that nothing can cancel."""
+    """Ends the process at once, whatever its threads wait for."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

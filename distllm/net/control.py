@@ -6,7 +6,6 @@ and go; a member that went must be buried by those that stay, or nobody new can 
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
@@ -62,7 +61,6 @@ class Agent:
         rpc._init_rpc_backend(
             rpc.BackendType.TENSORPIPE, self._store, self.identity.name, self.identity.id, None, options
         )
-        atexit.register(leave)
 
     def bury(self, dead: Sequence[AgentId]) -> None:
         """Forgets members that are gone, in this process and in the group's store, so that others can join."""

@@ -1,0 +1,32 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from ring.conftest import free_port
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=150, check=True)
+
+
+def test_two_ranks(smollm2: Path) -> None:
+    out = run(str(EXAMPLES / "two_ranks.py"), str(smollm2)).stdout
+    assert "rank 1 holds" in out
+    assert "' Paris" in out
+
+
+def test_under_torchrun(smollm2: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = run(*torchrun, str(EXAMPLES / "under_torchrun.py"), str(smollm2))
+    assert done.stdout.startswith("The first man on the moon was")
+    assert "rank 1 has served" in done.stderr
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"two_ranks.py", "under_torchrun.py"}
