@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distllm.config import Config, keys, suggest
@@ -253,7 +253,7 @@ def _primary(flags: argparse.Namespace) -> Path:
     return own if own.is_file() else Path("conf", name)
 
 
-class Quoted(yaml.SafeDumper):
+class Quoted(yaml.SafeDumper):  # type: ignore[misc]
     """YAML that quotes every text that is not one plain word, for OmegaConf's idea of numbers is wider than YAML's."""
 
 
@@ -267,7 +267,7 @@ Quoted.add_representer(
 
 def yaml_of(config: Config) -> str:
     """The whole configuration, as --cfg shows it."""
-    return yaml.dump(asdict(config), Dumper=Quoted, sort_keys=False, allow_unicode=True)
+    return str(yaml.dump(asdict(config), Dumper=Quoted, sort_keys=False, allow_unicode=True))
 
 
 def help_text(config_dir: Path | None = None) -> str:

@@ -80,7 +80,7 @@ class PlanConfig:
     layers: list[int] | None = key(None, "layers of each rank for strategy=manual, such as [10,10,10]")
     memory_fraction: float = key(0.9, "share of the free memory that weights and KV may take")
     calibrate: bool = key(True, "time the stages after loading and move layers if that pays (strategy=balanced)")
-    min_gain: float = key(0.1, "move layers only if a step gets faster by this share")
+    min_gain: float = key(0.05, "move layers only if a step gets faster by this share")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,7 +142,7 @@ class KeyDoc:
 def keys(section: type = Config, prefix: str = "") -> Iterator[KeyDoc]:
     """Every key of the schema, in order."""
     for item in fields(section):
-        nested = item.default_factory if item.default_factory is not None else None
+        nested: object = item.default_factory
         if isinstance(nested, type) and is_dataclass(nested):
             yield from keys(nested, f"{prefix}{item.name}.")
         else:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tqdm import tqdm
 
@@ -47,7 +47,7 @@ def read_prompt(given: str) -> str:
     elif given.startswith("@"):
         text = _read_text(Path(given[1:]), f"prompt={given}").removesuffix("\n")
     else:
-        text = _decoded(os.fsencode(given), "the prompt")
+        text = _decoded(given.encode(errors="surrogateescape"), "the prompt")
     if not text:
         raise ValueError(
             "the prompt is empty; give prompt=TEXT, prompt=@FILE, or prompt=- and something on standard input"
@@ -72,8 +72,10 @@ def read_lines(path: Path) -> list[Line]:
 def _line(index: int, number: int, text: str) -> Line:
     try:
         asked = json.loads(text)
+    except json.JSONDecodeError as error:
+        return Line(index, number, {}, f"line {number}: is not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
-        return Line(index, number, {}, f"line {number}: is not JSON: {error}")
+        return Line(index, number, {}, f"line {number}: cannot be read: {error}")
     if not isinstance(asked, dict) or len(asked.keys() & {"prompt", "messages"}) != 1:
         return Line(index, number, {}, f'line {number}: must be {{"prompt": ...}} or {{"messages": [...]}}')
     if unknown := asked.keys() - {"prompt", "messages"}:
@@ -86,14 +88,14 @@ def _line(index: int, number: int, text: str) -> Line:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        return _decoded(path.expanduser().read_bytes(), name).replace("\r\n", "\n")
+        return _decoded(path.expanduser().read_bytes(), name).removeprefix("\ufeff").replace("\r\n", "\n")
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decoded(text: bytes, name: str) -> str:
     try:
-        return text.decode().removeprefix("\ufeff")
+        return text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {text[error.start]:#04x}") from error
 
@@ -137,7 +139,7 @@ def batch(llm: LLM, lines: Sequence[Line], output: Path | None, params: Sampling
     answers = errors | {}
     order = iter(range(len(lines)))
     at = next(order)
-    with _whole_file(output) as file, _bar(len(asked)) as bar:
+    with _whole_file(output) as file, Progress(len(asked)) as bar:
 
         def write_ready() -> None:
             nonlocal at
@@ -149,7 +151,7 @@ def batch(llm: LLM, lines: Sequence[Line], output: Path | None, params: Sampling
         def on_output(done: Output) -> None:
             index, line = asked[done.index][0]
             answers[index] = _answer(index, line, done)
-            bar.update_with(done)
+            bar.count(done)
             write_ready()
 
         write_ready()
@@ -192,20 +194,24 @@ def _answer(index: int, line: Line, done: Output) -> dict[str, object]:
     }
 
 
-class AnswerBar(tqdm):  # type: ignore[misc]
-    """done/total and tokens/s."""
+class Progress:
+    """A bar on standard error: answers done, and tokens/s."""
 
-    tokens = 0
+    def __init__(self, total: int) -> None:
+        self._bar = tqdm(total=total, desc="answers", unit="", file=sys.stderr)
+        self._tokens = 0
 
-    def update_with(self, done: Output) -> None:
-        self.tokens += len(done.token_ids)
-        elapsed = self.format_dict["elapsed"]
-        self.set_postfix_str(f"{self.tokens / elapsed:.0f} tokens/s" if elapsed else "", refresh=False)
-        self.update()
+    def __enter__(self) -> Self:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
-def _bar(total: int) -> AnswerBar:
-    return AnswerBar(total=total, desc="answers", unit="", file=sys.stderr)
+    def count(self, done: Output) -> None:
+        self._tokens += len(done.token_ids)
+        elapsed = self._bar.format_dict["elapsed"]
+        self._bar.set_postfix_str(f"{self._tokens / elapsed:.0f} tokens/s" if elapsed else "", refresh=False)
+        self._bar.update()
 
 
 @contextmanager
@@ -231,5 +237,12 @@ def _whole_file(output: Path | None) -> Iterator[TextIO]:
 
 
 def _target(output: Path) -> Path:
-    """The file that a name means, through links, so that it is the file that is replaced and not the link."""
-    return output.expanduser().resolve()
+    """The file that a name means, through links, so that it is the file that is replaced and not the link.
+
+    Raises:
+        ValueError: there is no such user, or the links go round.
+    """
+    try:
+        return output.expanduser().resolve()
+    except RuntimeError as error:
+        raise ValueError(f"output={output}: {error}") from error

@@ -5,6 +5,7 @@ Rank 0 leads; the other ranks of a launcher serve it. torch is imported only whe
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python -m distllm.run key=value ...`, alone or under torchrun."""
     # torch warns of every connection that closes, which is how ranks end.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # a model writes more than an old locale can
     given = list(sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
     code = _lead(given) if rank == 0 else _follow(given, rank)
@@ -46,15 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _lead(given: Sequence[str]) -> int:
     _listen_to_signals()
+    began = False
     try:
-        code = _task(given)
+        config = _configured(given)
+        began = config is not None
+        code = _run(config) if config is not None else 0
     except (ValueError, EngineError, OSError) as error:
         code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
     except Terminated:
         code = _say("ended by SIGTERM", 143)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended.
+    if began and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _dismiss(code)
     return code
 
@@ -96,18 +103,19 @@ def _listen_to_signals() -> None:
         signal.signal(each, end)
 
 
-def _task(given: Sequence[str]) -> int:
+def _configured(given: Sequence[str]) -> Config | None:
+    """What to do; None if the words only asked to be shown something."""
     flags, overrides = split_arguments(given)
     if flags.help:
         print(help_text(flags.config_dir))
-        return 0
+        return None
     config = compose(flags, overrides)
     if flags.cfg:
         print(yaml_of(config), end="")
-        return 0
+        return None
     validate(config)
     _log_to_stderr(config.log_level, "")
-    return _run(config)
+    return config
 
 
 def _run(config: Config) -> int:

@@ -5,48 +5,35 @@ Knows how to say it; not how it was measured.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 from distllm.bench.figures import OURS, Comparison, Difference, Spread, StageSpent
 from distllm.config import BenchConfig
 from distllm.core import Plan
 from distllm.plan.partition import human_bytes
 
-CPUINFO = Path("/proc/cpuinfo")
+QUIET = 0.05
+NOISE = "Threads of one process suffer from that much more than processes: measure on a quiet machine."
 PACKAGES = ("distllm", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What was measured, and on what."""
+    """What was measured, and on what.
+
+    `elsewhere` is the share of all cores that went to other programs meanwhile.
+    """
 
     model: str
     path: str
     dtype: str
     cores: int
     cpu: str
+    elsewhere: float
     options: BenchConfig
     plan: Plan
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def cpu_model(cpuinfo: Path = CPUINFO) -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def as_json(setting: Setting, comparisons: Sequence[Comparison]) -> dict[str, object]:
@@ -70,6 +57,7 @@ def _config(setting: Setting) -> dict[str, object]:
         **asdict(setting.options),
         "cores": setting.cores,
         "cpu": setting.cpu,
+        "cpu_share_elsewhere": round(setting.elsewhere, 3),
         "versions": {package: version(package) for package in PACKAGES},
     }
 
@@ -133,6 +121,8 @@ def as_table(setting: Setting, comparisons: Sequence[Comparison]) -> str:
         "where a step of distllm goes, in ms and as a share of the time; steps of several stages overlap",
         *_columns([STAGE_HEAD, *(row for each in comparisons for row in _stage_rows(each))]),
     ]
+    if setting.elsewhere > QUIET:
+        lines += ["", f"Other programs took {setting.elsewhere:.0%} of all cores meanwhile. {NOISE}"]
     return "\n".join(lines)
 
 
@@ -148,18 +138,24 @@ def _rate_rows(comparison: Comparison) -> list[tuple[str, ...]]:
         if name == OURS:
             rows.append((*told, "", ""))
         else:
-            rows.append((*told, f"{comparison.ratios(name).median:.2f} x", say(comparison.difference(name))))
+            rows.append(
+                (
+                    *told,
+                    f"{comparison.ratios(name).median:.2f} x",
+                    say(comparison.difference(name), comparison.requests),
+                )
+            )
     return rows
 
 
-def say(difference: Difference | None) -> str:
+def say(difference: Difference | None, requests: int) -> str:
     """Whether a rival's tokens are distllm's; a near tie can flip in 16 bits."""
     if difference is None:
         return "equal"
     ours, theirs = ("none" if token is None else str(token) for token in (difference.ours, difference.theirs))
     return (
-        f"differ in {difference.requests} of the requests, first in request {difference.request} "
-        f"at position {difference.position}: {ours}, not {theirs}"
+        f"{difference.requests} of {requests} differ, first request {difference.request} at its new token "
+        f"{difference.position}: {ours}, not {theirs}"
     )
 
 

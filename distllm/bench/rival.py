@@ -33,6 +33,9 @@ LISTEN_S = 0.2
 END_TIMEOUT_S = 10.0
 SHOWN_LINES = 15
 
+WHOLE = "transformers"
+PIPELINE = "transformers-pp"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
@@ -101,6 +104,7 @@ class Rival:
     def _answer(self, task: str) -> dict[str, Any]:
         line = self._next_line(task)
         if line is None:
+            self._lines.put(None)  # whoever asks again is told again
             raise EngineError(self._death())
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
@@ -169,14 +173,14 @@ class Rival:
 
 def _transformers(match: Match) -> Rival:
     """transformers' `generate`, in one process with as many threads as there are ranks."""
-    return _generate("transformers", [sys.executable], match, [f"--threads={match.ranks}"])
+    return _generate(WHOLE, [sys.executable], match, [f"--threads={match.ranks}"])
 
 
 def _transformers_pp(match: Match) -> Rival:
     """transformers' own pipeline parallel, under torchrun, one thread a rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={match.ranks}"]
     launcher += [f"--master-addr={address.LOOPBACK}", f"--master-port={_free_port()}"]
-    return _generate("transformers-pp", launcher, match, ["--threads=1", "--pipeline"])
+    return _generate(PIPELINE, launcher, match, ["--threads=1", "--pipeline"])
 
 
 def _generate(name: str, launcher: Sequence[str], match: Match, options: Sequence[str]) -> Rival:
@@ -198,4 +202,4 @@ def _free_port() -> int:
     return port
 
 
-RIVALS: Mapping[str, Callable[[Match], Rival]] = {"transformers": _transformers, "transformers-pp": _transformers_pp}
+RIVALS: Mapping[str, Callable[[Match], Rival]] = {WHOLE: _transformers, PIPELINE: _transformers_pp}

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from distllm.bench.engines import Engine, Ours, Prompts
 from distllm.bench.figures import OURS, Batch, Comparison
+from distllm.bench.machine import Clock, cores, cpu_model
 from distllm.bench.prompts import make_prompts
-from distllm.bench.report import Setting, as_json, as_table, cores, cpu_model
-from distllm.bench.rival import RIVALS, Match
+from distllm.bench.report import Setting, as_json, as_table
+from distllm.bench.rival import PIPELINE, RIVALS, Match
 from distllm.config import BenchConfig, Config, one_of
 from distllm.core import Plan
 from distllm.engine.engine import open_blueprint
@@ -28,8 +29,6 @@ from distllm.model.blueprint import Blueprint
 from distllm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-PIPELINE = "transformers-pp"
 
 
 def bench(config: Config) -> int:
@@ -48,8 +47,10 @@ def bench(config: Config) -> int:
     if config.bench.ranks > cores():
         logger.warning("%d ranks share %d cores: they slow each other down", config.bench.ranks, cores())
     with _opened(config, blueprint) as (engines, plan):
+        began = Clock.read()
         comparisons = [_compare(engines, asked, config.bench) for asked in prompts]
-    setting = _setting(config, blueprint, plan)
+        elsewhere = Clock.read().elsewhere(began)
+    setting = _setting(config, blueprint, plan, elsewhere)
     print(as_table(setting, comparisons), file=sys.stderr)
     print(json.dumps(as_json(setting, comparisons), indent=2))
     return 0
@@ -75,6 +76,12 @@ def check(config: Config) -> None:
             raise ValueError(f"bench.{name}={value}: it must be {rule}")
     for rival in options.rivals:
         one_of("bench.rivals", rival, tuple(RIVALS))
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    """What two options say of each other."""
+    options = config.bench
     if PIPELINE in options.rivals and options.ranks == 1:
         raise ValueError(f"bench.ranks=1: {PIPELINE} needs at least 2; give more ranks or leave it out of bench.rivals")
     for name in ("workers", "threads"):
@@ -150,7 +157,7 @@ def _measure(engine: Engine, prompts: Prompts, new_tokens: int) -> Batch:
     return engine.run(prompts, new_tokens)
 
 
-def _setting(config: Config, blueprint: Blueprint, plan: Plan) -> Setting:
+def _setting(config: Config, blueprint: Blueprint, plan: Plan, elsewhere: float) -> Setting:
     path = blueprint.checkpoint.path
     return Setting(
         model=config.model.name or path.name,
@@ -158,6 +165,7 @@ def _setting(config: Config, blueprint: Blueprint, plan: Plan) -> Setting:
         dtype=str(blueprint.dtype).removeprefix("torch."),
         cores=cores(),
         cpu=cpu_model(),
+        elsewhere=elsewhere,
         options=config.bench,
         plan=plan,
     )

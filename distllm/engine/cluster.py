@@ -22,7 +22,7 @@ from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
 from distllm.engine.orders import Registration, Status
-from distllm.net.control import AgentId, Answer, Peer, PeerLost, expose
+from distllm.net.control import AgentId, Answer, Peer, PeerLost, call_by_name, expose
 from distllm.net.node import Node
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,13 @@ class Cluster:
 
     def stop(self, code: int) -> None:
         """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
-        self._ask("stop", dict.fromkeys(self._peers, code), VERDICT_TIMEOUT_S)
+        # References go first: one that is let go after its owner has ended makes torch complain.
+        self._peers.clear()
+        for identity in self._identities.values():
+            try:
+                call_by_name(identity.name, "worker", "stop", code, timeout_s=VERDICT_TIMEOUT_S)
+            except PeerLost as lost:
+                logger.debug("not told to stop: %s", lost)
         if self._local:
             self._local.end()
             self.node.agent.bury(list(self._identities.values()))

@@ -11,8 +11,6 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 
-from torch.distributed import TCPStore
-
 from distllm.config import ClusterConfig
 from distllm.engine.cluster import Cluster
 from distllm.engine.local import LocalRanks
@@ -28,7 +26,7 @@ class Home:
 
     def __init__(self) -> None:
         self._ends_at_exit = False
-        self._store: TCPStore | None = None
+        self._store: object = None  # kept open by being held
         self._node: Node | None = None
         self._promised: Rendezvous | None = None
         self._launched: Cluster | None = None
@@ -81,7 +79,6 @@ class Home:
         elif not promised.hosts_store:
             with suppress(ValueError):  # the store is gone, and they will notice that
                 store.give_up(promised)
-
 
     def _end_at_exit(self) -> None:
         if not self._ends_at_exit:

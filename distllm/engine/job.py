@@ -75,7 +75,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return self.options.model.name or self.blueprint.checkpoint.path.name
+        model = self.options.model
+        return model.name if model.name and model.path is None else self.blueprint.checkpoint.path.name
 
     @property
     def others(self) -> list[int]:

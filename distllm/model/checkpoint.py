@@ -52,12 +52,13 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         read_json(self.path / "config.json")
         try:
             config = AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
             raise ValueError(
                 f"{self.path / 'config.json'}: transformers does not know this model: {_first_line(error)}"
             ) from error
@@ -126,7 +127,8 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{folder / INDEX}: names the file {file!r}, which is outside of the folder")
         if not (folder / file).exists():
             raise ValueError(f"{folder / file}: no such file, but {INDEX} names it; fetch it again")
-        found |= _read_file(folder / file)
+        held = _read_file(folder / file)
+        found |= {name: info for name, info in held.items() if weight_map.get(name, file) == file}
     missing = [name for name in weight_map if name not in found]
     if missing:
         raise ValueError(
@@ -157,4 +159,6 @@ def _other_weights(folder: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().split("\n")
+    first = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    return first or type(error).__name__

@@ -88,7 +88,7 @@ def inspect(config: PretrainedConfig) -> Anatomy:
     with torch.device("meta"):
         try:
             model = build(config, torch.bfloat16)  # some kernels know no other type on the meta device
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"{kind} is not a causal language model that transformers can build: {error}") from error
     embed, layers, norm = _parts(model.base_model, kind)
     return Anatomy(
@@ -134,5 +134,7 @@ def _attention_of_layers(model: PreTrainedModel, layers: str) -> tuple[Attention
     types = getattr(model.config, "layer_types", None) or ()
     for index, layer_type in enumerate(types[:count]):
         if layer_type == "sliding_attention" and recorder.kinds[index].window is None:
-            raise ValueError(f"{kind}: layer {index} has a sliding window only in its mask, which distllm does not make")
+            raise ValueError(
+                f"{kind}: layer {index} has a sliding window only in its mask, which distllm does not make"
+            )
     return tuple(recorder.kinds[index] for index in range(count))

@@ -57,7 +57,7 @@ class Shard:
     @property
     def nbytes(self) -> int:
         """Bytes of weights; a tensor that is used twice counts once."""
-        storages = {p.untyped_storage().data_ptr(): p.nbytes for p in self.model.parameters()}
+        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self.model.state_dict().values()}
         return sum(storages.values())
 
     def use(self, cache: KVCache) -> None:
@@ -125,6 +125,12 @@ def check_passes_through(config: PretrainedConfig, anatomy: Anatomy) -> None:
         ValueError: the architecture does something of its own to the input of its layers.
     """
     middle = Shard(config, anatomy, Span(0, 0), torch.float32)
+    rest = next((name for name, _ in middle.model.named_parameters()), None)
+    if rest is not None:
+        raise ValueError(
+            f"{config.model_type} has {rest} outside of its embeddings, layers, norm and head; "
+            "it cannot be cut into stages"
+        )
     hidden_1TD = torch.linspace(-1, 1, 2 * config.hidden_size).reshape(1, 2, -1)
     positions_1T = torch.tensor([[3, 4]])
     with torch.inference_mode():

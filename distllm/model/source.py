@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from distllm.config import ModelConfig
 
@@ -60,10 +61,9 @@ def unpacked(package: str) -> Path:
         raise ValueError(
             f"{ready}.lock: held by another process for {LOCK_TIMEOUT_S:g} s; is a conversion stuck?"
         ) from None
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the model to {ready}: {error.strerror or error}; DISTLLM_CACHE=FOLDER moves it"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write the model to {ready}: {reason}; DISTLLM_CACHE=FOLDER moves it") from error
     return ready
 
 

@@ -29,10 +29,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a tensor of the checkpoint goes: the first parameter that it fills, and how many it fills with others."""
+    """Where a tensor of the checkpoint goes: the first parameter that it fills, and how it gets there.
+
+    `moved` marks a tied head that is stored instead of the table: it is read as the table.
+    """
 
     parameter: str
     converted: bool
+    moved: bool = False
 
 
 class LazyTensor:
@@ -67,14 +71,19 @@ class TensorMap:
         self._base = f"{model.base_model_prefix}." if model.base_model is not model else ""
         targets = _targets(model, checkpoint.tensors, self._parameters)
         sources = {target.parameter for target in targets.values()}
-        # A tied head that a checkpoint stores all the same is a second copy of the table, and not read.
-        self.targets = {n: t for n, t in targets.items() if self._tied.get(t.parameter) not in sources}
+        self.targets: dict[str, Target] = {}
+        for name, target in targets.items():
+            table = self._tied.get(target.parameter)
+            if table is None:
+                self.targets[name] = target
+            elif table not in sources:
+                self.targets[name] = Target(table, converted=False, moved=True)
+            # Else a tied head is stored all the same: a second copy of the table, and not read.
         self._check(model)
 
     def _check(self, model: PreTrainedModel) -> None:
         filled = set(_filled(model, self.targets))
         filled |= {target for target, source in self._tied.items() if source in filled}
-        filled |= {source for target, source in self._tied.items() if target in filled}
         missing = [name for name in self._parameters if name not in filled]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -163,8 +172,10 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
                 name: files.enter_context(safe_open(folder / name, "pt")) for name in sorted(tensors.files(shard))
             }
             for name in tensors.owned(shard):
-                info = tensors.checkpoint.tensors[name]
-                slices[name] = LazyTensor(opened[info.file].get_slice(name), info.nbytes, progress)
+                info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
+                slices[target.parameter if target.moved else name] = LazyTensor(
+                    opened[info.file].get_slice(name), info.nbytes, progress
+                )
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder}: changed or is unreadable since it was checked: {error}") from error
         convert_and_load_state_dict_in_model(shard.model, slices, settings)

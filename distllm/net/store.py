@@ -36,7 +36,7 @@ class Rendezvous:
     one_host: bool = False
 
 
-def serve_on_loopback() -> tuple[TCPStore, int]:
+def serve_on_loopback() -> tuple[Store, int]:
     """A store for the ranks of this host, on a free port of loopback only."""
     listener = socket.create_server((address.LOOPBACK, 0))
     port = listener.getsockname()[1]
@@ -51,7 +51,7 @@ def serve_on_loopback() -> tuple[TCPStore, int]:
     return store, port
 
 
-def serve(rendezvous: Rendezvous) -> TCPStore:
+def serve(rendezvous: Rendezvous) -> Store:
     """Opens the store of a job whose launcher has none, on the address that the ranks were told.
 
     Raises:

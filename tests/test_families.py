@@ -1,0 +1,185 @@
+"""Architectures: the parts of those that fit, and a sentence for each that does not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from fakes import CONTEXT, KINDS, tiny_config
+from transformers import AutoConfig, PretrainedConfig
+
+from distllm.model import attention, families
+from distllm.model.cache import KVShape
+from distllm.model.shard import check_passes_through
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    attention.register()
+
+
+def refusal(config: PretrainedConfig) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the callers look at the sentence
+        check_passes_through(config, families.inspect(config))
+    return str(error.value)
+
+
+# Those that fit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_found(kind: str) -> None:
+    config = tiny_config(kind)
+    before = copy.deepcopy(config.to_dict())
+    anatomy = families.inspect(config)
+    parts = ("wte", "h", "ln_f") if kind == "gpt2" else ("embed_tokens", "layers", "norm")
+    assert (anatomy.embed, anatomy.layers, anatomy.norm) == parts
+    assert anatomy.positions == ("wpe" if kind == "gpt2" else None)
+    assert anatomy.input_scale == ("embedding_multiplier" if kind == "granite" else None)
+    assert anatomy.context_length == CONTEXT
+    groups = 4 if kind == "gpt2" else 2
+    assert [layer.shape for layer in anatomy.attention] == [KVShape(groups, 16, 16)] * 5
+    check_passes_through(config, anatomy)
+    assert config.to_dict() == before, "the configuration was written to"
+
+
+@pytest.mark.parametrize(
+    ("kind", "windows"),
+    [
+        ("llama", [None] * 5),
+        ("mistral", [24] * 5),
+        ("gemma2", [20, None, 20, None, 20]),
+        ("gemma3_text", [20, None, 20, 20, 20]),
+        ("gpt2", [None] * 5),
+    ],
+)
+def test_windows_of_the_layers(kind: str, windows: list[int | None]) -> None:
+    assert [layer.window for layer in families.inspect(tiny_config(kind)).attention] == windows
+
+
+def test_softcap_of_the_layers() -> None:
+    assert {layer.softcap for layer in families.inspect(tiny_config("gemma2")).attention} == {50.0}
+    assert {layer.softcap for layer in families.inspect(tiny_config("llama")).attention} == {None}
+
+
+def test_keys_and_values_of_different_sizes() -> None:
+    config = transformers.DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4, "head_dim": 8},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    )
+    anatomy = families.inspect(config)
+    assert {layer.shape for layer in anatomy.attention} == {KVShape(4, 24, 12)}
+
+
+def test_nothing_is_allocated_for_the_weights() -> None:
+    """A model of many gigabytes is looked at without them."""
+    config = tiny_config("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=20)
+    anatomy = families.inspect(config)
+    assert len(anatomy.attention) == 20
+    with torch.device("meta"):
+        model = families.build(config, torch.bfloat16)
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_buffers_are_real_where_only_parameters_are_on_meta() -> None:
+    with families.parameters_on_meta():
+        model = families.build(tiny_config("llama"), torch.float32)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    buffers = list(model.buffers())
+    assert buffers
+    assert not any(buffer.is_meta for buffer in buffers)
+    assert not torch.nn.Linear(2, 2).weight.is_meta, "models made afterwards are as usual"
+
+
+# Those that do not
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "reason"),
+    [
+        ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}, "an encoder"),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "state distllm cannot keep"),
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "cannot be cut into stages"),
+        ("gpt_oss", SMALL | {"num_local_experts": 4, "sliding_window": 8}, "needs s_aux"),
+        ("llama4_text", SMALL | {"intermediate_size_mlp": 32, "num_local_experts": 2}, "chunked_attention"),
+        ("qwen3_next", SMALL | {"num_experts": 4}, "linear_attention"),
+        ("bert", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "cannot be cut into stages"),
+        ("vit", {"hidden_size": 32, "num_hidden_layers": 2}, "is not a causal language model"),
+    ],
+)
+def test_architectures_that_do_not_fit(kind: str, values: dict[str, object], reason: str) -> None:
+    sentence = refusal(AutoConfig.for_model(kind, **values))
+    assert sentence.startswith(kind)
+    assert reason in sentence
+
+
+def test_a_configuration_that_contradicts_itself() -> None:
+    """Whatever transformers stumbles over, the user gets a sentence."""
+    assert "llama is not a causal language model that transformers can build" in refusal(
+        tiny_config("llama", pad_token_id=5000)
+    )
+
+
+def test_attention_that_looks_both_ways() -> None:
+    sentence = refusal(tiny_config("gemma3_text", use_bidirectional_attention=True))
+    assert "gemma3_text" in sentence
+    assert "later tokens" in sentence
+
+
+def test_a_window_that_is_only_in_the_mask() -> None:
+    values = SMALL | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+    full = transformers.Qwen2MoeConfig(**values)
+    assert {layer.window for layer in families.inspect(full).attention} == {None}
+    windowed = transformers.Qwen2MoeConfig(**values, use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    assert "layer 0 has a sliding window only in its mask" in refusal(windowed)
+
+
+def test_masks_of_the_models_own() -> None:
+    sentence = refusal(AutoConfig.for_model("doge", **SMALL))
+    assert "needs masks of its own" in sentence
+
+
+def test_a_scaled_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite multiplies what it is given; if the table did not say so, a cut model would multiply twice."""
+    config = tiny_config("granite", embedding_multiplier=12.0)
+    check_passes_through(config, families.inspect(config))
+    monkeypatch.setattr(families, "INPUT_SCALES", {})
+    sentence = refusal(config)
+    assert "granite changes the hidden states before its first layer" in sentence
+
+
+def test_weights_outside_of_the_known_parts_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("gpt2")
+    monkeypatch.setattr(families, "POSITIONS", {})
+    assert "gpt2 has transformer.wpe.weight outside of its embeddings, layers, norm and head" in refusal(config)
