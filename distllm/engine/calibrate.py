@@ -8,8 +8,8 @@ from distllm.config import EngineConfig
 from distllm.core import Row, SamplingParams, Step
 from distllm.engine.pipeline import Done, Pipeline
 
-ROWS = 8
-ROUNDS = 4
+ROWS = 4
+ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)

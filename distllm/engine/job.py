@@ -102,6 +102,7 @@ class Job:
             timing = time_stages(pipeline, self.options.engine)
         except WireBroken as broken:
             raise pipeline.verdict(broken) from broken
+        logger.debug("a step takes %s", timing)
         better = self._better(timing)
         if better is None:
             return pipeline
@@ -141,6 +142,7 @@ class Job:
             mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self._loaded))
             self._wait(others, mine, progress)
         self._loaded = mine.result()
+        logger.debug("every rank has loaded")
         return self._join(self._loaded, others)
 
     def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
@@ -180,6 +182,7 @@ class Job:
             model=self.options.model,
             engine=self.options.engine,
             fingerprint=self.blueprint.checkpoint.fingerprint,
+            anatomy=self.blueprint.anatomy,
             device="cpu",
             threads=1,
             deadline_s=self.options.cluster.deadline_s,

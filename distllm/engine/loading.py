@@ -59,7 +59,8 @@ def open_blueprint(order: LoadOrder) -> Blueprint:
         ValueError: this host's files are missing, broken, or not those of the master.
     """
     folder = source.folder(order.model)
-    blueprint = Blueprint(folder, dtype=order.model.dtype, context_length=order.model.context_length)
+    model = order.model
+    blueprint = Blueprint(folder, dtype=model.dtype, context_length=model.context_length, anatomy=order.anatomy)
     if blueprint.checkpoint.fingerprint != order.fingerprint:
         raise ValueError(f"{folder}: is not the master's model: names, shapes or configuration differ; copy it again")
     return blueprint

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from distllm.config import EngineConfig, ModelConfig
 from distllm.core import Member, Plan
+from distllm.model.families import Anatomy
 from distllm.net.control import AgentId
 
 
@@ -19,13 +20,14 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOrder:
-    """Hold what this plan gives you. `fingerprint` is that of the master's copy of the model."""
+    """Hold what this plan gives you. `fingerprint` and `anatomy` are those of the master's copy of the model."""
 
     epoch: int
     plan: Plan
     model: ModelConfig
     engine: EngineConfig
     fingerprint: str
+    anatomy: Anatomy
     device: str
     threads: int
     deadline_s: float

@@ -18,6 +18,7 @@ from distllm.core import Member
 from distllm.engine import host
 from distllm.engine.orders import Registration
 from distllm.engine.worker import Worker
+from distllm.model.blueprint import preload
 from distllm.net.control import PeerLost, call_by_name, expose
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
@@ -83,6 +84,7 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
     Raises:
         ValueError: the master cannot be reached or refuses this rank; the sentence says why.
     """
+    preload()
     try:
         node = Node(rendezvous, interface, join_timeout_s)
         worker = Worker(rendezvous.rank, node)

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from distllm.core import ModelSizes, Plan
 from distllm.model import attention, families, weights
 from distllm.model.checkpoint import Checkpoint
+from distllm.model.families import Anatomy
 from distllm.model.runner import Runner
 from distllm.model.shard import Shard, check_passes_through
 from distllm.model.weights import Progress, TensorMap
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def preload() -> None:
+    """Imports what opening a model needs. It takes seconds, which a rank has while rank 0 gets ready."""
+    for module in ("modeling_utils", "models.auto.modeling_auto", "conversion_mapping"):
+        importlib.import_module(f"transformers.{module}")
+
+
+def look_through(config: PretrainedConfig) -> Anatomy:
+    """
+    Raises:
+        ValueError: the architecture cannot be cut into stages; the sentence says why.
+    """
+    anatomy = families.inspect(config)
+    check_passes_through(config, anatomy)
+    return anatomy
 
 
 class Blueprint:
@@ -20,17 +42,17 @@ class Blueprint:
     Args:
         dtype: a torch dtype's name, or `auto` for the checkpoint's own.
         context_length: longest sequence, in tokens; None takes what the model allows.
+        anatomy: what another rank found out about the same model; None looks it through here.
 
     Raises:
         ValueError: the checkpoint or its architecture cannot be used; the sentence says why.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, context_length: int | None) -> None:
+    def __init__(self, folder: Path, *, dtype: str, context_length: int | None, anatomy: Anatomy | None = None) -> None:
         attention.register()
         self.checkpoint = Checkpoint(folder)
         self.config = self.checkpoint.config
-        self.anatomy = families.inspect(self.config)
-        check_passes_through(self.config, self.anatomy)
+        self.anatomy = anatomy or look_through(self.config)
         self.tensors = TensorMap(self.checkpoint, self.anatomy)
         self.dtype = self.checkpoint.dtype(dtype)
         allowed = self.anatomy.context_length

@@ -43,9 +43,9 @@ class Job:
         return found
 
     def wait_for_text(self) -> None:
-        """Until rank 0 has written something."""
+        """Until rank 0 is in the middle of its answer."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.out.stat().st_size:
+        while self.out.stat().st_size < 40:
             assert self.launchers[0].poll() is None, f"ended early: {self.err.read_text()}"
             assert time.monotonic() < deadline, f"no text: {self.err.read_text()}"
             time.sleep(0.05)
