@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distllm.core import ModelSizes, Plan
-from distllm.model import attention, families, weights
+from distllm.model import attention, families, linear, weights
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.families import Anatomy
 from distllm.model.runner import Runner
@@ -84,4 +84,6 @@ class Blueprint:
             return None
         shard = Shard(self.config, self.anatomy, stage.span, self.dtype)
         weights.load(shard, self.tensors, device, progress)
+        if device.type == "cpu" and self.dtype.itemsize == 2 and not linear.has_fast_half_precision():
+            linear.widen(shard.model)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)
