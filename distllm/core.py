@@ -49,7 +49,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(self.stop))
         rules = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "a number of 0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and less than 1"),

@@ -14,12 +14,16 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from distllm.compose import compose, help_text, split_arguments, yaml_of
 from distllm.config import Config, validate
 from distllm.core import EngineError
+
+if TYPE_CHECKING:
+    from distllm.llm import LLM
 
 logger = logging.getLogger("distllm")
 
@@ -42,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Thousands of modules are imported and stay: looking through them again and again is a tenth of the start.
     gc.set_threshold(50_000)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _number("RANK", 0)
     code = _lead(given) if rank == 0 else _follow(given, rank)
-    sys.stdout.flush()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
     sys.stderr.flush()
     # A rank that leaves while a dead neighbour still holds a receive would wait for it in torch's destructors.
     os._exit(code)
@@ -57,6 +62,8 @@ def _lead(given: Sequence[str]) -> int:
         config = _configured(given)
         began = config is not None
         code = _run(config) if config is not None else 0
+    except BrokenPipeError:
+        code = 1  # whoever read standard output has had enough
     except (ValueError, EngineError, OSError) as error:
         code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
@@ -64,9 +71,15 @@ def _lead(given: Sequence[str]) -> int:
     except Terminated:
         code = _say("ended by SIGTERM", 143)
     # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended.
-    if began and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if began and _number("WORLD_SIZE", 1) > 1:
         _dismiss(code)
     return code
+
+
+def _number(variable: str, default: int) -> int:
+    """A launcher's variable; what is no number is complained of where the launcher's word is needed."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdecimal() else default
 
 
 def _dismiss(code: int) -> None:
@@ -74,9 +87,10 @@ def _dismiss(code: int) -> None:
     from distllm.engine.home import home
     from distllm.llm import launched
 
-    if (rendezvous := launched()) is not None:
-        home.meet(rendezvous)
-        home.dismiss(code)
+    with suppress(ValueError):  # a launcher that cannot be understood has been complained of
+        if (rendezvous := launched()) is not None:
+            home.meet(rendezvous)
+            home.dismiss(code)
 
 
 def _say(sentence: str, code: int) -> int:
@@ -90,7 +104,7 @@ def _listen_to_signals() -> None:
     A launcher that loses one rank sends SIGTERM to the rest at once. The name of the lost one is worth a moment, in
     which the engine notices by itself.
     """
-    others = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    others = _number("WORLD_SIZE", 1) > 1
 
     def end(number: int, *_: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -134,19 +148,24 @@ def _run(config: Config) -> int:
 def _generate(config: Config) -> int:
     """One prompt streamed, or a file of them."""
     from distllm import generate
-    from distllm.llm import LLM
 
     output = None if config.output is None else Path(config.output)
     params = config.sampling.params()
     if config.prompts is None:
         prompt = generate.read_prompt(DEFAULT_PROMPT if config.prompt is None else config.prompt)
-        with LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine) as llm:
+        with _opened(config) as llm:
             return generate.stream(llm, prompt, params)
     lines = generate.read_lines(Path(config.prompts))
     if output is not None:
         generate.check_room(output, lines, params.max_tokens)
-    with LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine) as llm:
+    with _opened(config) as llm:
         return generate.batch(llm, lines, output, params)
+
+
+def _opened(config: Config) -> LLM:
+    from distllm.llm import LLM
+
+    return LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine)
 
 
 def _plan(config: Config) -> int:

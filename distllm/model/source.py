@@ -33,7 +33,10 @@ def folder(model: ModelConfig) -> Path:
         ValueError: no path is given, the package is not installed, or there is no room to convert it.
     """
     if model.path is not None:
-        return Path(model.path).expanduser()
+        try:
+            return Path(model.path).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"model.path={model.path}: {error}") from error
     if model.package is None:
         name = model.name or "this model"
         raise ValueError(
@@ -88,6 +91,9 @@ def _convert_beside(source: Path, ready: Path) -> None:
         _convert(source, part)
         (part / CONVERTED).touch()
         shutil.rmtree(ready, ignore_errors=True)
+        for file in part.iterdir():
+            file.chmod(0o644)  # a cache may serve several users
+        part.chmod(0o755)
         part.rename(ready)
     finally:
         shutil.rmtree(part, ignore_errors=True)

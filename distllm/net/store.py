@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -60,9 +61,9 @@ def serve(rendezvous: Rendezvous) -> Store:
     try:
         listener = socket.create_server((rendezvous.host, rendezvous.port))
     except OSError as error:
-        where = f"{rendezvous.host}:{rendezvous.port}"
+        where, reason = f"{rendezvous.host}:{rendezvous.port}", os.strerror(error.errno) if error.errno else error
         raise ValueError(
-            f"cannot listen on {where}: {error.strerror}; set MASTER_ADDR and MASTER_PORT to a free port"
+            f"cannot listen on {where}: {reason}; set MASTER_ADDR and MASTER_PORT to a free port"
         ) from error
     port = listener.getsockname()[1]
     return TCPStore(

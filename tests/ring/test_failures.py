@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Job, agent_per_rank, one_agent
+from fakes import tiny_checkpoint
 
 DEADLINE_S = 3
 END_S = 10.0
@@ -127,3 +130,42 @@ def test_a_worker_that_dies_while_it_starts_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "rank 1 exited with code 1 before it registered\n"
+
+
+def test_more_ranks_than_parts_is_legal_and_told(start: Start, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "llama", num_hidden_layers=1)
+    job = start(one_agent(5, f"model.path={model}", "prompt=hello", "sampling.max_tokens=4"))
+    assert job.wait(120) == [0], job.err.read_text()
+    assert job.out.read_text().strip()
+    assert len(re.findall(r"rank \d .*holds nothing: the model has fewer parts", job.err.read_text())) >= 2
+
+
+def run_alone(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distllm.run", "cluster.threads=1", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environ)
+
+
+def test_a_model_that_does_not_fit_names_the_bytes(endless: Path) -> None:
+    done = run_alone(f"model.path={endless}", "plan.memory_fraction=0.00001", "prompt=hello")
+    assert done.returncode == 2
+    (sentence,) = done.stderr.splitlines()
+    assert re.search(r"does not fit.*rank 0 .*\d B|does not fit.*rank 0 .* [kM]B", sentence), sentence
+
+
+def test_a_port_in_use_is_one_sentence(endless: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = run_alone(f"model.path={endless}", "prompt=hello", **ranks)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"distllm: error: cannot listen on 127.0.0.1:{port}: Address already in use; "
+        "set MASTER_ADDR and MASTER_PORT to a free port\n"
+    )
+
+
+def test_a_launcher_that_talks_nonsense_is_told(endless: Path) -> None:
+    done = run_alone(f"model.path={endless}", "prompt=hello", RANK="abc", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "RANK" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
