@@ -13,10 +13,12 @@ from distllm.bench.figures import OURS, Comparison, Difference, Spread, StageSpe
 from distllm.config import BenchConfig
 from distllm.core import Plan
 from distllm.plan.partition import human_bytes
+from distllm.plan.report import columns
 
 QUIET = 0.05
 NOISE = "Threads of one process suffer from that much more than processes: measure on a quiet machine."
 PACKAGES = ("distllm", "torch", "transformers")
+TEXTS = ("engine", "tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,10 +118,10 @@ def as_table(setting: Setting, comparisons: Sequence[Comparison]) -> str:
         "",
         *(f"rank {stage.rank} holds {stage.span}, {human_bytes(stage.weight_bytes)}" for stage in setting.plan.stages),
         "",
-        *_columns([RATE_HEAD, *(row for each in comparisons for row in _rate_rows(each))]),
+        *columns([RATE_HEAD, *(row for each in comparisons for row in _rate_rows(each))], TEXTS),
         "",
         "where a step of distllm goes, in ms and as a share of the time; steps of several stages overlap",
-        *_columns([STAGE_HEAD, *(row for each in comparisons for row in _stage_rows(each))]),
+        *columns([STAGE_HEAD, *(row for each in comparisons for row in _stage_rows(each))], TEXTS),
     ]
     if setting.elsewhere > QUIET:
         lines += ["", f"Other programs took {setting.elsewhere:.0%} of all cores meanwhile. {NOISE}"]
@@ -173,17 +175,3 @@ def _stage_rows(comparison: Comparison) -> list[tuple[str, ...]]:
         )
         for stage in comparison.stages
     ]
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of equal columns: names and sentences to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = {place for place, cell in enumerate(rows[0]) if cell in ("engine", "tokens")}
-    lines = (
-        "  ".join(
-            cell.ljust(width) if place in texts else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return [line.rstrip() for line in lines]

@@ -5,12 +5,13 @@ Knows how to say it; not how it was decided.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from distllm.core import Member, ModelSizes, Plan, Span, Stage
 from distllm.plan.partition import human_bytes, in_order
 
 BAR = 40
+TEXTS = ("host", "device", "holds")
 """Characters of a bar."""
 
 
@@ -34,7 +35,7 @@ def as_table(plan: Plan, members: Sequence[Member], sizes: ModelSizes, name: str
     weights = sum(stage.weight_bytes for stage in plan.stages)
     lines = [f"{name}: {sizes.layers} layers, {human_bytes(weights)} of weights, KV room for {plan.kv_tokens:,} tokens"]
     header = ("rank", "host", "device", "holds", "weights", "KV", "may use", "work")
-    lines += ["", *columns([header, *(cells(member, stage_on(plan, member)) for member in ranks)])]
+    lines += ["", *columns([header, *(cells(member, stage_on(plan, member)) for member in ranks)], TEXTS)]
     lines += ["", "memory of each rank: # weights, = KV, . not used"]
     width = max(len(str(member.rank)) for member in ranks)
     lines += [f"rank {member.rank:>{width}} [{bar(member, stage_on(plan, member))}]" for member in ranks]
@@ -71,14 +72,13 @@ def cells(member: Member, stage: Stage) -> tuple[str, ...]:
     return (*told, *map(human_bytes, sizes), f"{stage.work_share:.0%}")
 
 
-def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of equal columns: texts to the left; the first column and the numbers to the right."""
+def columns(rows: Sequence[tuple[str, ...]], texts: Collection[str]) -> list[str]:
+    """Rows as lines of equal columns, the first row being their heads: those named in `texts` to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = range(1, 4)
     lines = (
         "  ".join(
-            cell.ljust(width) if place in texts else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if head in texts else cell.rjust(width)
+            for head, cell, width in zip(rows[0], row, widths, strict=True)
         )
         for row in rows
     )
