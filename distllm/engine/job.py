@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
 from distllm.core import EngineError, Member, ModelSizes, Plan
 from distllm.engine import host
-from distllm.engine.calibrate import Timing, time_stages
+from distllm.engine.calibrate import time_stages
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Loaded, load
 from distllm.engine.orders import JoinOrder, LoadOrder, Status
@@ -61,7 +62,6 @@ class Job:
         self.wish = _wish(options, blueprint.sizes)
         self.plan: Plan = self._first_plan()
         self._epoch = 0
-        self._loaded: Loaded | None = None
 
     def _first_plan(self) -> Plan:
         """With KV room for a whole context if that fits, else for a chunk: the balance must not eat up the room."""
@@ -92,28 +92,29 @@ class Job:
         """
         self._tell(self.plan)
         pipeline = self._form(self.plan)
-        if self._cluster is None or self.options.plan.strategy != "balanced" or not self.options.plan.calibrate:
-            return pipeline
-        return self._balanced(pipeline)
-
-    def _balanced(self, pipeline: Pipeline) -> Pipeline:
-        """The pipeline, or a better one if the stages' measured times say so."""
-        try:
-            timing = time_stages(pipeline, self.options.engine)
-        except WireBroken as broken:
-            raise pipeline.verdict(broken) from broken
-        logger.debug("a step takes %s", timing)
-        better = self._better(timing)
+        better = self._better(pipeline) if self._calibrates else None
         if better is None:
             return pipeline
         logger.info("moving layers between ranks to even out the measured times")
         with pipeline:
             pass
+        del pipeline
+        gc.collect()  # modules refer to each other in circles; two shards at once might not fit
         self.plan = better
         self._tell(better)
         return self._form(better)
 
-    def _better(self, timing: Timing) -> Plan | None:
+    @property
+    def _calibrates(self) -> bool:
+        return self._cluster is not None and self.options.plan.strategy == "balanced" and self.options.plan.calibrate
+
+    def _better(self, pipeline: Pipeline) -> Plan | None:
+        """A better plan, if the stages' measured times say so."""
+        try:
+            timing = time_stages(pipeline, self.options.engine)
+        except WireBroken as broken:
+            raise pipeline.verdict(broken) from broken
+        logger.debug("a step takes %s", timing)
         sizes, members = measured(
             self.sizes,
             self.plan,
@@ -139,11 +140,10 @@ class Job:
         with LoadProgress(sum(stage.weight_bytes for stage in plan.stages)) as progress:
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
-            mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self._loaded))
+            mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self.blueprint))
             self._wait(others, mine, progress)
-        self._loaded = mine.result()
         logger.debug("every rank has loaded")
-        return self._join(self._loaded, others)
+        return self._join(mine.result(), others)
 
     def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s
@@ -195,7 +195,6 @@ class Job:
 
     def unload(self) -> None:
         """Tells the other ranks to forget the model; they stay for the next one."""
-        self._loaded = None
         if self._cluster is not None:
             self._cluster.forget(self._cluster.node.new_epoch())
 

@@ -25,20 +25,17 @@ class Loaded:
     frame_bytes: int
 
 
-def load(order: LoadOrder, rank: int, progress: Callable[[int], None], known: Loaded | None = None) -> Loaded:
+def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint: Blueprint | None = None) -> Loaded:
     """Reads what the order's plan gives to a rank.
 
     Args:
         progress: called with bytes read, from any thread.
-        known: what the rank held before; the same model is not looked through again.
+        blueprint: of the order's model, if it was looked through before.
 
     Raises:
         ValueError: the files are missing, broken, or not those of the master.
     """
-    if known is not None and known.order.fingerprint == order.fingerprint:
-        blueprint = known.blueprint
-    else:
-        blueprint = open_blueprint(order)
+    blueprint = blueprint or open_blueprint(order)
     engine = order.engine
     runner = blueprint.load(
         order.plan,

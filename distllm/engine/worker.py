@@ -6,6 +6,7 @@ called by RPC threads; they only drop an order into the inbox or read the snapsh
 
 from __future__ import annotations
 
+import gc
 import logging
 import queue
 import threading
@@ -106,6 +107,7 @@ class Worker:
                     self._do("in the ring", partial(self._serve_ring, order))
                 case UnloadOrder():
                     self._loaded = None
+                    gc.collect()
                     self._snapshot.note(state="idle", done=True, loaded_bytes=0)
 
     def _do(self, state: str, action: Callable[[], None]) -> None:
@@ -124,8 +126,13 @@ class Worker:
     def _load(self, order: LoadOrder) -> None:
         torch.set_num_threads(order.threads)
         self._snapshot.note(loaded_bytes=0)
-        known, self._loaded = self._loaded, None
-        self._loaded = load(order, self.rank, self._snapshot.add_loaded, known)
+        before, self._loaded = self._loaded, None
+        blueprint = None
+        if before is not None and (before.order.model, before.order.fingerprint) == (order.model, order.fingerprint):
+            blueprint = before.blueprint
+        del before
+        gc.collect()  # modules refer to each other in circles; two shards at once might not fit
+        self._loaded = load(order, self.rank, self._snapshot.add_loaded, blueprint)
 
     def _serve_ring(self, order: JoinOrder) -> None:
         assert self._loaded is not None, "a rank loads before it joins"
