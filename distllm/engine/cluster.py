@@ -210,7 +210,7 @@ class Cluster:
         if gone:
             return self.lost(gone, _finished(ring, heard, last_step))
         for rank, status in heard.items():
-            if status.failure and "receiving from" not in status.failure and "sending to" not in status.failure:
+            if status.failure and not status.ring_broke:
                 return EngineError(f"{self.members[rank]} failed at step {status.received}: {status.failure}")
         busy = {rank: status for rank, status in heard.items() if not status.done and status.received > status.finished}
         for rank, status in busy.items():

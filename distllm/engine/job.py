@@ -96,8 +96,11 @@ class Job:
         if better is None:
             return pipeline
         logger.info("moving layers between ranks to even out the measured times")
-        with pipeline:
-            pass
+        try:
+            with pipeline:
+                pass
+        except WireBroken as broken:
+            raise pipeline.verdict(broken) from broken
         del pipeline
         gc.collect()  # modules refer to each other in circles; two shards at once might not fit
         self.plan = better

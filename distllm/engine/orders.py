@@ -62,14 +62,15 @@ class Status:
     """A snapshot of a worker.
 
     `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended) and
-    `failure` why it could not be. `received` and `finished` are ids of steps, -1 before the first; `still_s` is the
-    time since the last progress.
+    `failure` why it could not be, `ring_broke` that this was no fault of the rank. `received` and `finished` are ids of
+    steps, -1 before the first; `still_s` is the time since the last progress.
     """
 
     epoch: int = 0
     state: str = "idle"
     done: bool = True
     failure: str | None = None
+    ring_broke: bool = False
     loaded_bytes: int = 0
     received: int = -1
     finished: int = -1

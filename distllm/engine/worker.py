@@ -88,7 +88,7 @@ class Worker:
         if epoch < self._newest:
             return False
         self._newest = epoch
-        self._snapshot.note(epoch=epoch, done=False, failure=None)
+        self._snapshot.note(epoch=epoch, done=False, failure=None, ring_broke=False)
         self._inbox.put(order)
         return True
 
@@ -113,15 +113,17 @@ class Worker:
     def _do(self, state: str, action: Callable[[], None]) -> None:
         """Carries out an order; this is the edge at which a failure of any kind becomes a word to the master."""
         self._snapshot.note(state=state)
+        ring_broke, failure = False, None
         try:
             action()
-            failure = None
-        except (ValueError, WireBroken) as error:
+        except ValueError as error:
             failure = str(error)
+        except WireBroken as error:
+            ring_broke, failure = True, str(error)
         except Exception as error:
             logger.exception("rank %d failed while %s", self.rank, state)
             failure = f"{type(error).__name__}: {error}"
-        self._snapshot.note(state="idle", done=True, failure=failure)
+        self._snapshot.note(state="idle", done=True, failure=failure, ring_broke=ring_broke)
 
     def _load(self, order: LoadOrder) -> None:
         torch.set_num_threads(order.threads)

@@ -91,10 +91,10 @@ class Desk:
 
     def __init__(self) -> None:
         self._objects: dict[str, object] = {}
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
 
     def put(self, key: str, thing: object) -> None:
-        with self._changed:
+        with self._lock:
             self._objects[key] = thing
 
     def __getitem__(self, key: str) -> object:

@@ -36,7 +36,7 @@ class Wire:
 
     Args:
         position, size: of this rank in the ring.
-        receive_bytes, send_bytes: the largest frames of the epoch; a shorter one may come, a longer one never.
+        receive_bytes: the largest frame of the epoch; a shorter one may come, a longer one never.
         deadline_s: a neighbour that is silent for so long breaks the ring.
 
     Raises:
@@ -79,11 +79,11 @@ class Wire:
         """
         try:
             self._receiving.wait()
+            frame = self._buffers[0]
+            self._buffers.rotate(-1)
+            self._expect()
         except RuntimeError as error:
             raise _broken("receiving from the stage before", error) from error
-        frame = self._buffers[0]
-        self._buffers.rotate(-1)
-        self._expect()
         return frame
 
     def send(self, frame: torch.Tensor) -> None:
