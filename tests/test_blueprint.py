@@ -11,9 +11,10 @@ import torch
 from fakes import CONTEXT, tiny_checkpoint
 from safetensors.torch import load_file
 
-from distllm.core import Plan, Span, Stage
+from distllm.core import Plan, Row, SamplingParams, Span, Stage, Step
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import SINGLE
+from distllm.model.linear import PackedLinear, has_kernels
 
 CPU = torch.device("cpu")
 
@@ -89,5 +90,30 @@ def test_a_rank_gets_what_the_plan_gives_it(folder: Path) -> None:
     assert runner.shard.nbytes == known.sizes.weight_bytes(spans[1]) == sum(read)
     assert runner.cache.tokens == 64
     assert runner.cache.nbytes == 64 * known.sizes.kv_bytes_per_token(spans[1])
+    assert not any(isinstance(module, PackedLinear) for module in runner.shard.model.modules()), "fp32 stays as it is"
     assert known.load(plan, 1, block_tokens=16, max_requests=2, device=CPU) is None
     assert known.load(plan, 7, block_tokens=16, max_requests=2, device=CPU) is None
+
+
+@pytest.mark.skipif(not has_kernels(torch.bfloat16), reason="this CPU has no kernels of its own for bfloat16")
+@pytest.mark.parametrize("span", [Span(0, 3, embed=True), Span(3, 5, head=True), Span(0, 5, embed=True, head=True)])
+def test_packed_weights_are_all_that_is_held_and_change_nothing(span: Span, tmp_path: Path) -> None:
+    known = blueprint(tiny_checkpoint(tmp_path, "llama_tied"), "bfloat16")
+    stage = Stage(rank=0, span=span, weight_bytes=0, kv_bytes=0, work_share=1.0)
+    plan = Plan(stages=(stage,), idle=(), kv_tokens=64)
+    torch.manual_seed(0)
+    hidden_TD = None if span.embed else torch.randn(3, 64, dtype=torch.bfloat16)
+    step = Step(0, (Row(0, 0, 0, (5, 6, 7), ((0, 1),), True, SamplingParams(seed=0)),))
+    made = []
+    for pack in (True, False):
+        done: list[int] = []
+        runner = known.load(
+            plan, 0, block_tokens=16, max_requests=2, device=CPU, pack_weights=pack, progress=done.append
+        )
+        assert runner is not None
+        assert runner.shard.nbytes == known.sizes.weight_bytes(span)
+        assert 0.85 * runner.shard.nbytes < sum(done) <= runner.shard.nbytes
+        packed = sum(isinstance(module, PackedLinear) for module in runner.shard.model.modules())
+        assert packed == (7 * span.layers + (span.head and not span.embed) if pack else 0)
+        made.append(runner.run(step, hidden_TD).tensor)
+    assert torch.equal(*made)

@@ -43,6 +43,7 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint
         block_tokens=engine.block_tokens,
         max_requests=engine.max_requests,
         device=torch.device(order.device),
+        pack_weights=engine.pack_weights,
         progress=progress,
     )
     assert runner is not None, f"rank {rank} has no part in the plan"

@@ -72,9 +72,14 @@ class Blueprint:
         block_tokens: int,
         max_requests: int,
         device: torch.device,
+        pack_weights: bool = True,
         progress: Progress = lambda _: None,
     ) -> Runner | None:
         """Reads what the plan gives to a rank; None if that is nothing.
+
+        Args:
+            pack_weights: lay the weights out for the CPU's kernels, if it has some for this dtype.
+            progress: called with bytes that are done, from any thread; reading and packing are half of the work each.
 
         Raises:
             ValueError: a file cannot be read.
@@ -83,7 +88,13 @@ class Blueprint:
         if stage is None:
             return None
         shard = Shard(self.config, self.anatomy, stage.span, self.dtype)
-        weights.load(shard, self.tensors, device, progress)
-        if device.type == "cpu" and self.dtype.itemsize == 2 and not linear.has_fast_half_precision():
+        halves = device.type == "cpu" and self.dtype.itemsize == 2
+        packs = halves and pack_weights and linear.has_kernels(self.dtype)
+        told: Progress = (lambda nbytes: progress(nbytes // 2)) if packs else progress
+        weights.load(shard, self.tensors, device, told)
+        if packs:
+            shard.drop_table()
+            linear.pack(shard.model, told)
+        elif halves and not linear.has_kernels(self.dtype):
             linear.widen(shard.model)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)

@@ -1,13 +1,22 @@
-"""Linear layers on CPUs without fast kernels for half precision: bf16 or fp16 weights, fp32 arithmetic.
+"""Linear layers of 16-bit weights on CPUs, by passes over a built shard that knows nothing of them.
 
-A CPU without AVX-512 multiplies bf16 matrices up to ten times slower than fp32 ones. There, with more than a few rows,
-it pays to widen the weights a block at a time, while the block is in the cache. The weights stay as they are; results
-are rounded once. A pass over a built shard, which knows nothing of it.
+Where the CPU multiplies matrices of such numbers by instructions of its own, weights are packed: laid out once, as
+oneDNN's kernels read them, where the plain kernel does it in every step anew. Of one row, a step is then bound by
+reading memory: 2.0 to 2.4 times faster than plain; of 16 rows 1.4 to 1.6 times; the results without a bias are the
+same to the bit. Packing copies, so the pages of the plain weight are given back at once.
+
+Elsewhere such a matrix is multiplied up to ten times slower than one of fp32. There weights stay as they are, and
+with more than a few rows they are widened a block at a time, while the block is in the cache.
 
 Shapes: T packed tokens, I inputs, O outputs.
 """
 
 from __future__ import annotations
+
+import ctypes
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +26,33 @@ from torch import nn
 FEW_ROWS = 4
 # Numbers in a block; in fp32 they fit into a core's share of the cache.
 BLOCK = 2**18
-FAST = ("AVX512", "AMX")
+
+# What `torch.compile` makes of linear layers with constant weights; names of the pinned range of torch.
+_onednn = torch.ops.mkldnn
+_libc = ctypes.CDLL(None)
 
 
-def has_fast_half_precision() -> bool:
-    """Whether this CPU multiplies matrices of 16-bit numbers by kernels of their own."""
-    return torch.backends.cpu.get_cpu_capability().startswith(FAST)
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of this 16-bit type by instructions of its own."""
+    supported = {torch.bfloat16: _onednn._is_mkldnn_bf16_supported, torch.float16: _onednn._is_mkldnn_fp16_supported}
+    return dtype in supported and bool(supported[dtype]())
+
+
+class PackedLinear(nn.Module):
+    """An nn.Linear whose weight only oneDNN can read: of type bfloat16, or float16 where the CPU has it."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.bias = plain.bias
+        self.packed = _onednn._reorder_linear_weight(plain.weight)
+
+    def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
+        out_TO: torch.Tensor = _onednn._linear_pointwise(input_TI, self.packed, self.bias, "none", [], "")
+        return out_TO
 
 
 class WideningLinear(nn.Module):
-    """An nn.Linear that widens its weight by blocks of outputs when there are many rows."""
+    """An nn.Linear that widens its weight by blocks of outputs when there are many rows; results are rounded once."""
 
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
@@ -46,9 +72,41 @@ class WideningLinear(nn.Module):
         return out
 
 
+def pack(model: nn.Module, progress: Callable[[int], None] = lambda _: None) -> None:
+    """Replaces the linear layers of a model; a weight that is used elsewhere too, such as a tied table, stays.
+
+    Args:
+        progress: called with the bytes of each weight as it is packed.
+    """
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    for parent, name, plain in _linears(model):
+        if uses[id(plain.weight)] == 1:
+            setattr(parent, name, PackedLinear(plain))
+            _give_back(plain.weight)
+            progress(plain.weight.nbytes)
+
+
 def widen(model: nn.Module) -> None:
     """Replaces the linear layers of a model; its parameters stay the same objects."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, WideningLinear(child))
+    for parent, name, plain in _linears(model):
+        setattr(parent, name, WideningLinear(plain))
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the packed weights of a model, which are no parameters of it any more."""
+    packed = (module.packed for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(weight.numel() * weight.itemsize for weight in packed)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Every plain linear layer, with the module that holds it and its name there."""
+    held = ((parent, *child) for parent in list(model.modules()) for child in list(parent.named_children()))
+    return ((parent, name, child) for parent, name, child in held if type(child) is nn.Linear)
+
+
+def _give_back(weight: torch.Tensor) -> None:
+    """Tells the system that a weight is not needed any more: its file may stay mapped for the sake of others."""
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if weight.is_contiguous() and first < last:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

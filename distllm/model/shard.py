@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distllm.core import Span
-from distllm.model import families
+from distllm.model import families, linear
 from distllm.model.attention import CachedAttention
 from distllm.model.cache import KVCache, Layout
 from distllm.model.families import Anatomy
@@ -58,7 +58,12 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes of weights; a tensor that is used twice counts once."""
         storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self.model.state_dict().values()}
-        return sum(storages.values())
+        return int(sum(storages.values())) + linear.packed_bytes(self.model)
+
+    def drop_table(self) -> None:
+        """Leaves the embedding table to a tied head, once that has it, where nothing looks a token up in it."""
+        if not self.span.embed:
+            setattr(self.base, self.anatomy.embed, PassThrough())
 
     def use(self, cache: KVCache) -> None:
         """Keeps keys and values in this cache from now on."""
@@ -106,7 +111,7 @@ def _empty(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> None:
             setattr(base, anatomy.positions, NoPositions())
         if anatomy.input_scale:
             setattr(base, anatomy.input_scale, 1.0)
-        # A tied head is the embedding table, so the table stays on its rank although nothing looks a token up in it.
+        # A tied head gets its weight as the embedding table; see `drop_table`.
         if not (span.head and model.config.tie_word_embeddings):
             setattr(base, anatomy.embed, PassThrough())
 
