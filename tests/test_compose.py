@@ -11,62 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hostile import TEXTS
 
 from distllm import run
 from distllm.compose import compose, help_text, split_arguments, yaml_of
 from distllm.config import Config, ModelConfig, SamplingConfig, keys
-
-HOSTILE = [
-    "The capital of France is",
-    'say "hi"',
-    "it's",
-    '"quoted"',
-    "'quoted'",
-    "'",
-    '"',
-    "a, b",
-    "a,b",
-    "x=1",
-    "=",
-    "${x}",
-    "${oc.env:HOME}",
-    "${",
-    r"\${x}",
-    "two\nlines\n",
-    "tab\there",
-    "你好，世界",
-    "café",
-    "مرحبا",
-    "🙂👩‍👩‍👧",
-    "123",
-    "1e3",
-    "null",
-    "true",
-    "???",
-    "[a,b]",
-    "{a:1}",
-    "{",
-    "\\",
-    "ends with \\",
-    r"C:\new\table",
-    "  spaces around  ",
-    "-leading",
-    "--help",
-    "-",
-    "~",
-    "~user/x",
-    "#hash",
-    "100%",
-    "%(name)s",
-    "wow!",
-    "a;b",
-    "@@x",
-    "@FILE",
-    "<|im_start|>",
-    "!!python/object:os.system",
-    "{{ jinja }}",
-    "",
-]
 
 
 def composed(*arguments: str) -> Config:
@@ -80,7 +29,7 @@ def refused(*arguments: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("text", [*TEXTS, ""])
 def test_text_arrives_as_typed(text: str) -> None:
     names = ["prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"]
     config = composed(*(f"{name}={text}" for name in names), "log_level=debug")
@@ -281,13 +230,13 @@ def test_cfg_shows_what_the_words_make(door: Callable[..., tuple[int, str, str]]
 
 
 def test_cfg_is_yaml_of_the_same_values() -> None:
-    for text in HOSTILE:
+    for text in TEXTS:
         config = Config(prompt=text, model=ModelConfig(path=text), sampling=SamplingConfig(stop=[text], top_p=0.25))
         assert yaml.safe_load(yaml_of(config)) == asdict(config)
 
 
 def test_cfg_saved_is_a_configuration_file(tmp_path: Path) -> None:
-    texts = [text for text in HOSTILE if "${" not in text and text != "???"]
+    texts = [text for text in TEXTS if "${" not in text and text != "???"]
     config = composed("prompt=1e3", "output=null", f"sampling.stop={json.dumps(texts)}", "engine.kv_tokens=640")
     (tmp_path / "saved.yaml").write_text("defaults: [schema, _self_]\n" + yaml_of(config), encoding="utf-8")
     assert composed("--config-dir", str(tmp_path), "--config-name", "saved") == config

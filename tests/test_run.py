@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fakes import tiny_checkpoint
+from hostile import TEXTS
 
 from distllm.config import ClusterConfig, PlanConfig
 from distllm.core import SamplingParams
@@ -24,13 +25,9 @@ from distllm.llm import LLM
 DEADLINE_S = 120
 AT_ONCE = 2
 
-HOSTILE = [
-    "  a, b = ${oc.env:HOME} \\",
-    'it\'s "[quoted]" {a:1} ~ # % ! ; \\n',
-    "--two\nlines\t你好 🙂 é",
-    "???",
-    "null",
-]
+HOSTILE = TEXTS[:3]
+# Those that the command line does not take for the name of a file or for standard input.
+TYPED = [text for text in TEXTS if text != "-" and not text.startswith("@")]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def answers(llm: LLM, prompts: Sequence[str]) -> list[str]:
 def test_prompts_reach_the_model_as_typed_and_only_the_answer_is_on_standard_output(
     llm: LLM, words: list[str], tmp_path: Path
 ) -> None:
-    prompts = HOSTILE[:3]
+    prompts = HOSTILE
     expected = answers(llm, prompts)
     assert len({*expected, *answers(llm, [prompts[0].strip()])}) == 4, "answers that are alike would prove nothing"
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -112,11 +109,15 @@ def test_prompts_reach_the_model_as_typed_and_only_the_answer_is_on_standard_out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", HOSTILE[3:])
-def test_more_prompts_reach_the_model_as_typed(prompt: str, llm: LLM, words: list[str], tmp_path: Path) -> None:
-    typed = run(distllm(*words, f"prompt={prompt}"), tmp_path)
-    read = run(distllm(*words, "prompt=-"), tmp_path, stdin=f"{prompt}\n")
-    assert [typed.out, read.out] == [answers(llm, [prompt])[0] + "\n"] * 2
+def test_every_prompt_reaches_the_model_as_typed(llm: LLM, words: list[str], tmp_path: Path) -> None:
+    assert len(TYPED) >= 20
+    expected = answers(llm, TYPED)
+    assert len(set(expected)) == len(TYPED), "answers that are alike would prove nothing"
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        typed = list(pool.map(lambda text: run(distllm(*words, f"prompt={text}"), tmp_path), TYPED))
+        read = list(pool.map(lambda text: run(distllm(*words, "prompt=-"), tmp_path, stdin=f"{text}\n"), TYPED[:3]))
+    assert [each.out for each in typed] == [f"{text}\n" for text in expected]
+    assert [each.out for each in read] == [f"{text}\n" for text in expected[:3]]
 
 
 def test_a_file_of_prompts_with_a_broken_line(llm: LLM, words: list[str], tmp_path: Path) -> None:

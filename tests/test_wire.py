@@ -22,12 +22,18 @@ BYTES = 4096
 def ring() -> Callable[..., list[Wire]]:
     _server, port = store.serve_on_loopback()
 
-    def form(size: int, epoch: int = 1, deadline_s: float = 5.0) -> list[Wire]:
+    def form(size: int, epoch: int = 1, deadline_s: float = 5.0, device: str = "cpu") -> list[Wire]:
         def join(position: int) -> Wire:
             where = Rendezvous(rank=position, world_size=size, host=LOOPBACK, port=port, job="test", one_host=True)
             client = store.connect(where, 5)
             return Wire(
-                client, epoch, loopback(), position=position, size=size, receive_bytes=BYTES, deadline_s=deadline_s
+                client,
+                epoch,
+                loopback(),
+                position=position,
+                devices=[device] * size,
+                receive_bytes=BYTES,
+                deadline_s=deadline_s,
             )
 
         with ThreadPoolExecutor(size) as pool:
@@ -98,7 +104,9 @@ def test_a_ring_without_all_members_does_not_form(ring: Callable[..., list[Wire]
     _server, port = store.serve_on_loopback()
     where = Rendezvous(rank=0, world_size=2, host=LOOPBACK, port=port, job="test", one_host=True)
     with pytest.raises(WireBroken, match="did not form"):
-        Wire(store.connect(where, 5), 1, loopback(), position=0, size=2, receive_bytes=BYTES, deadline_s=1.0)
+        Wire(
+            store.connect(where, 5), 1, loopback(), position=0, devices=["cpu"] * 2, receive_bytes=BYTES, deadline_s=1.0
+        )
 
 
 @pytest.mark.parametrize(
@@ -107,3 +115,14 @@ def test_a_ring_without_all_members_does_not_form(ring: Callable[..., list[Wire]
 )
 def test_the_backend_follows_the_devices_of_a_link(sender: str, receiver: str, backend: str) -> None:
     assert backend_between(sender, receiver) == backend
+
+
+def test_frames_between_gpus_go_through_host_memory_and_that_is_said(
+    ring: Callable[..., list[Wire]], caplog: pytest.LogCaptureFixture
+) -> None:
+    wires = ring(2, device="cuda:0")
+    wires[0].send(frame(3))
+    assert int(wires[1].receive()[0]) == 3
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"rank at {position} of the ring: frames to the next GPU go through host memory" for position in (0, 1)
+    ]

@@ -169,7 +169,7 @@ class Job:
             wire = cluster.node.wire(
                 self._epoch,
                 position=0,
-                size=len(others) + 1,
+                devices=loaded.order.devices,
                 receive_bytes=loaded.frame_bytes,
                 deadline_s=self.options.cluster.deadline_s,
             )
@@ -179,6 +179,7 @@ class Job:
 
     def _orders(self, plan: Plan) -> dict[int, LoadOrder]:
         self._epoch = self._cluster.node.new_epoch() if self._cluster else self._epoch + 1
+        devices = {member.rank: member.device for member in self.members}
         order = LoadOrder(
             epoch=self._epoch,
             plan=plan,
@@ -186,15 +187,12 @@ class Job:
             engine=self.options.engine,
             fingerprint=self.blueprint.checkpoint.fingerprint,
             anatomy=self.blueprint.anatomy,
-            device="cpu",
+            devices=tuple(devices[stage.rank] for stage in plan.stages),
             threads=1,
             deadline_s=self.options.cluster.deadline_s,
         )
         threads = self.options.cluster.threads
-        return {
-            member.rank: replace(order, device=member.device, threads=threads or member.cores)
-            for member in self.members
-        }
+        return {member.rank: replace(order, threads=threads or member.cores) for member in self.members}
 
     def unload(self) -> None:
         """Tells the other ranks to forget the model; they stay for the next one."""

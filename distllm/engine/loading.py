@@ -37,17 +37,17 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint
     """
     blueprint = blueprint or open_blueprint(order)
     engine = order.engine
+    position = [stage.rank for stage in order.plan.stages].index(rank)
     runner = blueprint.load(
         order.plan,
         rank,
         block_tokens=engine.block_tokens,
         max_requests=engine.max_requests,
-        device=torch.device(order.device),
+        device=torch.device(order.devices[position]),
         pack_weights=engine.pack_weights,
         progress=progress,
     )
     assert runner is not None, f"rank {rank} has no part in the plan"
-    position = [stage.rank for stage in order.plan.stages].index(rank)
     return Loaded(order, blueprint, runner, position, frame_bytes(order, blueprint))
 
 

@@ -20,7 +20,10 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOrder:
-    """Hold what this plan gives you. `fingerprint` and `anatomy` are those of the master's copy of the model."""
+    """Hold what this plan gives you. `fingerprint` and `anatomy` are those of the master's copy of the model.
+
+    `devices` are those of the plan's stages, in ring order.
+    """
 
     epoch: int
     plan: Plan
@@ -28,7 +31,7 @@ class LoadOrder:
     engine: EngineConfig
     fingerprint: str
     anatomy: Anatomy
-    device: str
+    devices: tuple[str, ...]
     threads: int
     deadline_s: float
 

@@ -143,7 +143,7 @@ class Worker:
         wire = self._node.wire(
             order.epoch,
             position=loaded.position,
-            size=len(loaded.order.plan.stages),
+            devices=loaded.order.devices,
             receive_bytes=loaded.frame_bytes,
             deadline_s=loaded.order.deadline_s,
         )

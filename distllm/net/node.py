@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 from torch.distributed import Store
 
@@ -67,7 +68,7 @@ class Node:
         """A number that no epoch of this job has had."""
         return int(self.store.add("epochs", 1))
 
-    def wire(self, epoch: int, *, position: int, size: int, receive_bytes: int, deadline_s: float) -> Wire:
+    def wire(self, epoch: int, *, position: int, devices: Sequence[str], receive_bytes: int, deadline_s: float) -> Wire:
         """Joins the ring of an epoch.
 
         Raises:
@@ -78,7 +79,7 @@ class Node:
             epoch,
             self.interface,
             position=position,
-            size=size,
+            devices=devices,
             receive_bytes=receive_bytes,
             deadline_s=deadline_s,
         )

@@ -6,7 +6,9 @@ the frames say.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from distllm.net.address import Interface
+
+logger = logging.getLogger(__name__)
 
 _TAG = 1
 
@@ -27,7 +31,7 @@ class WireBroken(Exception):
 
 
 def backend_between(sender: str, receiver: str) -> str:
-    """The library that carries tensors between two devices: NCCL joins two GPUs, Gloo everything else."""
+    """The library that should carry tensors between two devices: NCCL joins two GPUs, Gloo everything else."""
     return "nccl" if sender.startswith("cuda") and receiver.startswith("cuda") else "gloo"
 
 
@@ -35,7 +39,8 @@ class Wire:
     """This rank's place in the ring of an epoch.
 
     Args:
-        position, size: of this rank in the ring.
+        position: of this rank in the ring.
+        devices: of all ranks of the ring, in its order.
         receive_bytes: the largest frame of the epoch; a shorter one may come, a longer one never.
         deadline_s: a neighbour that is silent for so long breaks the ring.
 
@@ -50,12 +55,17 @@ class Wire:
         interface: Interface,
         *,
         position: int,
-        size: int,
+        devices: Sequence[str],
         receive_bytes: int,
         deadline_s: float,
     ) -> None:
+        size = len(devices)
         self._before = (position - 1) % size
         self._after = (position + 1) % size
+        # Which library carries a link is decided here and nowhere else. Frames of links that NCCL should carry pass
+        # through host memory as all others do: it wants both ends to know the length, which only a frame's head tells.
+        if backend_between(devices[position], devices[self._after]) == "nccl":
+            logger.warning("rank at %d of the ring: frames to the next GPU go through host memory", position)
         options = ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=deadline_s)
         options._devices = [ProcessGroupGloo.create_device(hostname=interface.address)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Job, agent_per_rank, one_agent
+from conftest import START_TIMEOUT_S, Job, agent_per_rank, free_port, one_agent
 from fakes import tiny_checkpoint
 
 DEADLINE_S = 3
@@ -89,6 +89,47 @@ def test_a_lost_worker_of_the_library_raises_its_name(
     assert re.search(rf"rank 2 \(host \S+, pid {victim.pid}\) is lost", sentence), sentence
     assert ("killed by SIGKILL" in sentence) == (sign == signal.SIGKILL), sentence
     assert not job.alive()
+
+
+FAULTY_RANK = """
+import sys, time
+from distllm.config import ClusterConfig
+from distllm.llm import serve_here
+from distllm.model.runner import Runner
+
+run = Runner.run
+
+def faulty(self, step, hidden):
+    if step.id == 5:
+        print("the fault happens", file=sys.stderr, flush=True)
+        FAULT
+    return run(self, step, hidden)
+
+Runner.run = faulty
+sys.exit(serve_here(ClusterConfig(deadline_s=float(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "within_s"),
+    [
+        ("raise RuntimeError('no such kernel')", "failed at step 5: RuntimeError: no such kernel", END_S),
+        ("time.sleep(1000)", r"hangs in step 5 for \d+ s; the last step it finished is 4", END_S + DEADLINE_S),
+    ],
+)
+def test_a_fault_within_a_step_is_told(start: Start, endless: Path, fault: str, verdict: str, within_s: float) -> None:
+    launcher = ["WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    rank0 = [sys.executable, "-m", "distllm.run", *words(endless), "plan.calibrate=false"]
+    rank1 = [sys.executable, "-c", FAULTY_RANK.replace("FAULT", fault), str(DEADLINE_S)]
+    job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((rank0, rank1))])
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while "the fault happens" not in job.err.read_text():
+        assert time.monotonic() < deadline, job.err.read_text()
+        time.sleep(0.05)
+    began = time.monotonic()
+    assert all(job.wait(within_s)), f"over after {time.monotonic() - began:.1f} s"
+    (sentence,) = job.errors()
+    assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\) {verdict}", sentence), sentence
 
 
 def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:

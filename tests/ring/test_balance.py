@@ -1,0 +1,60 @@
+"""Layers move when the stages' times say so, and nobody can tell from the tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from fakes import tiny_checkpoint
+
+from distllm import LLM, SamplingParams
+from distllm.config import ClusterConfig, EngineConfig, PlanConfig
+from distllm.engine import job
+from distllm.engine.calibrate import Timing, time_stages
+from distllm.engine.pipeline import Pipeline
+
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
+PROMPTS = ["abc", "a longer prompt", "z"]
+
+
+def layers(llm: LLM) -> list[int]:
+    return [stage.span.layers for stage in llm.plan.stages]
+
+
+def test_layers_move_to_the_faster_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=8)
+    timed: list[Timing] = []
+
+    def as_if_rank_0_were_slow(pipeline: Pipeline, engine: EngineConfig) -> Timing:
+        timed.append(time_stages(pipeline, engine))
+        assert pipeline.in_flight == 0
+        _, second = timed[0].layer_seconds
+        return replace(timed[0], layer_seconds=(10 * second, second))
+
+    cluster = ClusterConfig(workers=2, threads=1)
+    with LLM(folder, cluster=cluster, plan=PlanConfig(calibrate=False)) as llm:
+        before, wanted = layers(llm), [each.token_ids for each in llm.generate(PROMPTS, PARAMS)]
+    monkeypatch.setattr(job, "time_stages", as_if_rank_0_were_slow)
+    with caplog.at_level(logging.INFO, "distllm"), LLM(folder, cluster=cluster) as llm:
+        assert "moving layers between ranks to even out the measured times" in caplog.messages
+        assert layers(llm)[0] < before[0]
+        assert sum(layers(llm)) == 8
+        assert [each.token_ids for each in llm.generate(PROMPTS, PARAMS)] == wanted
+        assert llm.stats()["kv_blocks_used"] == 0
+    (timing,) = timed
+    assert min(timing.layer_seconds) > 0
+    assert timing.head_seconds > 0
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 5])
+def test_stages_are_timed_in_little_room(tmp_path: Path, steps_in_flight: int) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    engine = EngineConfig(kv_tokens=48, block_tokens=16, max_requests=3, steps_in_flight=steps_in_flight)
+    with LLM(folder, cluster=ClusterConfig(workers=2, threads=1), engine=engine) as llm:
+        assert len(llm.generate("abc", PARAMS)[0].token_ids) == 12
+    assert not psutil.Process().children()
