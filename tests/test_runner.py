@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -40,14 +40,6 @@ def prompt(length: int) -> tuple[int, ...]:
 
 # Longer and shorter than a chunk and than the sliding windows of the fakes (20 and 24).
 PROMPTS = tuple(prompt(length) for length in (3, 45, 29, 16))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass

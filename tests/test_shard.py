@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -20,14 +20,6 @@ from distllm.model.shard import PassThrough, Shard
 CPU = torch.device("cpu")
 TOKENS = tuple(range(40, 70))
 LAYOUT_STEP = Step(0, (Row(0, 0, 0, TOKENS, ((0, 8),), samples=True),))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

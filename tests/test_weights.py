@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -28,14 +28,6 @@ SPLITS = {
     "2+2+1": (Span(0, 2, embed=True), Span(2, 4), Span(4, 5, head=True)),
     "ends apart": (Span(0, 0, embed=True), Span(0, 5), Span(5, 5, head=True)),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
