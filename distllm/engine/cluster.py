@@ -22,7 +22,7 @@ from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
 from distllm.engine.orders import Registration, Status
-from distllm.net.control import AgentId, Answer, Peer, PeerLost, call_by_name, expose
+from distllm.net.control import AgentId, Answer, Peer, PeerLost, ask_by_name, expose
 from distllm.net.node import Node
 
 logger = logging.getLogger(__name__)
@@ -245,11 +245,14 @@ class Cluster:
         """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
         # References go first: one that is let go after its owner has ended makes torch complain.
         self._peers.clear()
+        told: list[Answer | PeerLost] = []
         for identity in self._identities.values():
             try:
-                call_by_name(identity.name, "worker", "stop", code, timeout_s=VERDICT_TIMEOUT_S)
+                told.append(ask_by_name(identity.name, "worker", "stop", code, timeout_s=VERDICT_TIMEOUT_S))
             except PeerLost as lost:
-                logger.debug("not told to stop: %s", lost)
+                told.append(lost)
+        for answer in told:
+            _heard(answer)
         if self._local:
             self._local.end()
             self.node.agent.bury(list(self._identities.values()))

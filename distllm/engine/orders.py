@@ -9,6 +9,9 @@ from distllm.core import Member, Plan
 from distllm.model.families import Anatomy
 from distllm.net.control import AgentId
 
+# Below the id of any step; steps that only time the stages have ids below 0 too.
+BEFORE_STEPS = -(2**31)
+
 
 @dataclass(frozen=True, slots=True)
 class Registration:
@@ -66,7 +69,7 @@ class Status:
 
     `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended) and
     `failure` why it could not be, `ring_broke` that this was no fault of the rank. `received` and `finished` are ids of
-    steps, -1 before the first; `still_s` is the time since the last progress.
+    steps, BEFORE_STEPS at first; `still_s` is the time since the last progress.
     """
 
     epoch: int = 0
@@ -75,7 +78,7 @@ class Status:
     failure: str | None = None
     ring_broke: bool = False
     loaded_bytes: int = 0
-    received: int = -1
-    finished: int = -1
+    received: int = BEFORE_STEPS
+    finished: int = BEFORE_STEPS
     still_s: float = 0.0
     peak_bytes: int = 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distllm.engine import host
 from distllm.engine.loading import Loaded, load
-from distllm.engine.orders import JoinOrder, LoadOrder, Order, Status, StopOrder, UnloadOrder
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Order, Status, StopOrder, UnloadOrder
 from distllm.net import frame as frames
 from distllm.net.frame import Frame, Kind, StageTime
 from distllm.net.node import Node
@@ -30,12 +30,35 @@ logger = logging.getLogger(__name__)
 
 
 class Snapshot:
-    """A worker's status, written by its loop and read by RPC threads."""
+    """A worker's status, written by its loop and read by RPC threads.
+
+    Orders are counted as they are taken and as they are carried out, so that the end of one is never taken for the end
+    of the next, which may be in the inbox already.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._status = Status()
         self._progressed = time.monotonic()
+        self._taken = 0
+        self._carried_out = 0
+
+    def take(self, epoch: int) -> bool:
+        """An order has come; False if it is of an older epoch."""
+        with self._lock:
+            if epoch < self._status.epoch:
+                return False
+            self._taken += 1
+            self._status = replace(self._status, epoch=epoch)
+            self._progressed = time.monotonic()
+            return True
+
+    def carried_out(self, failure: str | None = None, *, ring_broke: bool = False) -> None:
+        """The oldest order that was not carried out is, or has failed."""
+        with self._lock:
+            self._carried_out += 1
+            self._status = replace(self._status, state="idle", failure=failure, ring_broke=ring_broke)
+            self._progressed = time.monotonic()
 
     def note(self, **changes: object) -> None:
         """Changes some fields; doing so is progress."""
@@ -46,7 +69,10 @@ class Snapshot:
     def read(self) -> Status:
         with self._lock:
             still = time.monotonic() - self._progressed
-            return replace(self._status, still_s=still, peak_bytes=host.peak_memory())
+            status = replace(self._status, still_s=still, done=self._carried_out == self._taken)
+        if not status.done:
+            status = replace(status, failure=None, ring_broke=False)
+        return replace(status, peak_bytes=host.peak_memory())
 
     def add_loaded(self, nbytes: int) -> None:
         with self._lock:
@@ -62,7 +88,6 @@ class Worker:
         self._node = node
         self._inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._snapshot = Snapshot()
-        self._newest = 0
         self._loaded: Loaded | None = None
 
     # Verbs, called by the master.
@@ -85,12 +110,10 @@ class Worker:
 
     def _take(self, order: Order, epoch: int) -> bool:
         """Drops an order into the inbox; one of an older epoch is refused."""
-        if epoch < self._newest:
-            return False
-        self._newest = epoch
-        self._snapshot.note(epoch=epoch, done=False, failure=None, ring_broke=False)
-        self._inbox.put(order)
-        return True
+        taken = self._snapshot.take(epoch)
+        if taken:
+            self._inbox.put(order)
+        return taken
 
     # The loop.
 
@@ -106,24 +129,27 @@ class Worker:
                 case JoinOrder():
                     self._do("in the ring", partial(self._serve_ring, order))
                 case UnloadOrder():
-                    self._loaded = None
-                    gc.collect()
-                    self._snapshot.note(state="idle", done=True, loaded_bytes=0)
+                    self._do("unloading", self._unload)
 
     def _do(self, state: str, action: Callable[[], None]) -> None:
         """Carries out an order; this is the edge at which a failure of any kind becomes a word to the master."""
         self._snapshot.note(state=state)
-        ring_broke, failure = False, None
         try:
             action()
         except ValueError as error:
-            failure = str(error)
+            self._snapshot.carried_out(str(error))
         except WireBroken as error:
-            ring_broke, failure = True, str(error)
+            self._snapshot.carried_out(str(error), ring_broke=True)
         except Exception as error:
             logger.exception("rank %d failed while %s", self.rank, state)
-            failure = f"{type(error).__name__}: {error}"
-        self._snapshot.note(state="idle", done=True, failure=failure, ring_broke=ring_broke)
+            self._snapshot.carried_out(f"{type(error).__name__}: {error}")
+        else:
+            self._snapshot.carried_out()
+
+    def _unload(self) -> None:
+        self._loaded = None
+        gc.collect()
+        self._snapshot.note(loaded_bytes=0)
 
     def _load(self, order: LoadOrder) -> None:
         torch.set_num_threads(order.threads)
@@ -139,7 +165,7 @@ class Worker:
     def _serve_ring(self, order: JoinOrder) -> None:
         assert self._loaded is not None, "a rank loads before it joins"
         loaded = self._loaded
-        self._snapshot.note(received=-1, finished=-1)
+        self._snapshot.note(received=BEFORE_STEPS, finished=BEFORE_STEPS)
         wire = self._node.wire(
             order.epoch,
             position=loaded.position,

@@ -46,7 +46,11 @@ class AgentId:
 
 
 class Agent:
-    """This process in the RPC group."""
+    """This process in the RPC group.
+
+    Raises:
+        ConnectionError: another member does not answer, or the store is gone.
+    """
 
     def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float) -> None:
         self.identity = AgentId(name, int(store.add("agents", 1)))
@@ -58,9 +62,13 @@ class Agent:
             rpc_timeout=timeout_s, init_method="tcp://unused:0", _transports=["uv"], _channels=["basic"]
         )
         dist_autograd._init(self.identity.id)
-        rpc._init_rpc_backend(
-            rpc.BackendType.TENSORPIPE, self._store, self.identity.name, self.identity.id, None, options
-        )
+        try:
+            rpc._init_rpc_backend(
+                rpc.BackendType.TENSORPIPE, self._store, self.identity.name, self.identity.id, None, options
+            )
+        except RuntimeError as error:  # it calls every member that is listed, the dead ones too
+            logger.debug("joining the group: %s", error)
+            raise ConnectionError(f"cannot join the other ranks within {timeout_s:g} s; has one died?") from error
 
     def bury(self, dead: Sequence[AgentId]) -> None:
         """Forgets members that are gone, in this process and in the group's store, so that others can join."""
@@ -160,16 +168,25 @@ class Answer:
             raise _lost(self._name, error) from error
 
 
+def ask_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float) -> Answer:
+    """Calls a method of an exposed object of a process to which no reference is held; the answer comes later.
+
+    Raises:
+        PeerLost: the connection is closed.
+    """
+    try:
+        return Answer(name, rpc.rpc_async(name, _call, args=(key, verb, args), timeout=timeout_s))
+    except RuntimeError as error:
+        raise _lost(name, error) from error
+
+
 def call_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float) -> Any:
-    """Calls a method of an exposed object of a process to which no reference is held yet.
+    """As `ask_by_name`, and waits.
 
     Raises:
         PeerLost: no answer within the time, or the connection is closed.
     """
-    try:
-        return rpc.rpc_sync(name, _call, args=(key, verb, args), timeout=timeout_s)
-    except RuntimeError as error:
-        raise _lost(name, error) from error
+    return ask_by_name(name, key, verb, *args, timeout_s=timeout_s).wait()
 
 
 def _lost(name: str, error: RuntimeError) -> PeerLost:
