@@ -92,7 +92,7 @@ class EngineConfig:
     block_tokens: int = key(16, "tokens of one KV block")
     kv_tokens: int | None = key(None, "KV room in tokens; by default what memory allows, at most max_requests contexts")
     pack_weights: bool = key(True, "lay 16-bit weights out for the CPU's kernels; false uses the files in place")
-    steps_in_flight: int | None = key(None, "steps under way at once; by default one per stage")
+    steps_in_flight: int | None = key(None, "steps under way at once, at most and by default one per stage")
 
 
 @dataclass(kw_only=True, slots=True)

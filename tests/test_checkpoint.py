@@ -288,3 +288,11 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
 def test_read_json_gives_the_object(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"ä": [1]}', encoding="utf-8")
     assert read_json(tmp_path / "a.json") == {"ä": [1]}
+
+
+def test_quantized_weights_are_refused(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ValueError, match=r"config.json: the weights are quantized \(fp8\)"):
+        _ = Checkpoint(folder).config

@@ -34,7 +34,7 @@ def time_stages(pipeline: Pipeline, engine: EngineConfig) -> Timing:
     Raises:
         WireBroken: the ring is gone.
     """
-    wanted = engine.steps_in_flight or pipeline.stages
+    wanted = min(engine.steps_in_flight or pipeline.stages, pipeline.stages)
     places = min(ROWS * wanted, engine.max_requests, pipeline.kv_tokens // engine.block_tokens)
     together = min(wanted, places)
     done = _run(pipeline, _steps(together, places // together), together)[together:]

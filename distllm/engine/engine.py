@@ -170,6 +170,6 @@ def _scheduler(job: Job, stages: int) -> Scheduler:
         block_tokens=engine.block_tokens,
         max_requests=engine.max_requests,
         prompt_chunk=engine.prompt_chunk,
-        steps_in_flight=engine.steps_in_flight or stages,
+        steps_in_flight=min(engine.steps_in_flight or stages, stages),  # more than the ring holds would stand still
         context_length=job.sizes.context_length,
     )

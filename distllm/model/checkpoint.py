@@ -62,6 +62,12 @@ class Checkpoint:
             raise ValueError(
                 f"{self.path / 'config.json'}: transformers does not know this model: {_first_line(error)}"
             ) from error
+        if method := getattr(config, "quantization_config", None):
+            kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+            raise ValueError(
+                f"{self.path / 'config.json'}: the weights are quantized ({kind}), which distllm cannot read yet; "
+                "give the checkpoint in bfloat16, float16 or float32"
+            )
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
     def dtype(self, wish: str) -> torch.dtype:

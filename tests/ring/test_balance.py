@@ -58,3 +58,10 @@ def test_stages_are_timed_in_little_room(tmp_path: Path, steps_in_flight: int) -
     with LLM(folder, cluster=ClusterConfig(workers=2, threads=1), engine=engine) as llm:
         assert len(llm.generate("abc", PARAMS)[0].token_ids) == 12
     assert not psutil.Process().children()
+
+
+def test_more_steps_in_flight_than_the_ring_holds_do_not_stand_still(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    cluster = ClusterConfig(workers=2, threads=1, deadline_s=5)
+    with LLM(folder, cluster=cluster, engine=EngineConfig(steps_in_flight=12)) as llm:
+        assert [len(each.token_ids) for each in llm.generate(["abc"] * 24, PARAMS)] == [12] * 24
