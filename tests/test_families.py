@@ -174,3 +174,26 @@ def test_weights_outside_of_the_known_parts_are_noticed(monkeypatch: pytest.Monk
     config = tiny_config("gpt2")
     monkeypatch.setattr(families, "POSITIONS", {})
     assert "gpt2 has transformer.wpe.weight outside of its embeddings, layers, norm and head" in refusal(config)
+
+
+def test_longrope_keeps_to_the_context_in_which_rows_do_not_see_each_other() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 64,
+    }
+    config = transformers.Phi3Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=320,
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters=rope,
+        pad_token_id=0,
+    )
+    assert families.inspect(config).context_length == 64

@@ -98,8 +98,22 @@ def inspect(config: PretrainedConfig) -> Anatomy:
         positions=POSITIONS.get(kind),
         input_scale=INPUT_SCALES.get(kind),
         attention=_attention_of_layers(model, layers),
-        context_length=int(getattr(config, "max_position_embeddings", 0) or 2**31 - 1),
+        context_length=_context_length(config),
     )
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    """The longest sequence whose positions do not depend on the other rows of a step.
+
+    With longrope, transformers turns all positions of a step by other factors as soon as one of them is beyond the
+    original context; up to there no row can see the others.
+    """
+    longest = int(getattr(config, "max_position_embeddings", 0) or 2**31 - 1)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return longest
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+    return min(longest, int(original or longest))
 
 
 def _parts(base: PreTrainedModel, kind: str) -> tuple[str, str, str]:
