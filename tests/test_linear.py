@@ -97,6 +97,22 @@ def test_a_model_is_packed_but_for_a_weight_that_is_used_twice() -> None:
         assert torch.equal(model(tokens, use_cache=False).logits, before)
 
 
+@packing
+def test_weights_that_share_memory_stay_plain() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+    halves = [nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in range(2)]
+    both = torch.randn(128, 64, dtype=torch.bfloat16)
+    for half, weight in zip(halves, both.chunk(2), strict=True):
+        half.weight = nn.Parameter(weight)
+    model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared), *halves).requires_grad_(False)
+    input_TI = torch.randn(3, 64, dtype=torch.bfloat16)
+    before = model(input_TI)
+    pack(model)
+    assert packed_bytes(model) == 0
+    assert torch.equal(model(input_TI), before)
+
+
 GIVEN_BACK = """
 import re, sys, torch
 from pathlib import Path

@@ -78,9 +78,10 @@ def pack(model: nn.Module, progress: Callable[[int], None] = lambda _: None) -> 
     Args:
         progress: called with the bytes of each weight as it is packed.
     """
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    places = [module for _, module in model.named_modules(remove_duplicate=False)]
+    uses = Counter(_storage(parameter) for module in places for parameter in module.parameters(recurse=False))
     for parent, name, plain in _linears(model):
-        if uses[id(plain.weight)] == 1:
+        if uses[_storage(plain.weight)] == 1:
             setattr(parent, name, PackedLinear(plain))
             _give_back(plain.weight)
             progress(plain.weight.nbytes)
@@ -102,6 +103,11 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Every plain linear layer, with the module that holds it and its name there."""
     held = ((parent, *child) for parent in list(model.modules()) for child in list(parent.named_children()))
     return ((parent, name, child) for parent, name, child in held if type(child) is nn.Linear)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """The same for two tensors that share memory, of which neither may be given back alone."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _give_back(weight: torch.Tensor) -> None:
