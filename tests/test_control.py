@@ -35,7 +35,15 @@ sys.stdin.readline()
 MASTER = (
     PEER.replace("sys.stdin.readline()\n", "")
     + """
-import time
+import gc
+from torch.distributed import rpc
+from torch.distributed.rpc import _utils
+
+def crowd(size):
+    for index in range(size):
+        node.agent._store.set(f"addrs/extra{index}", "uv://127.0.0.1:1")
+        _utils._update_group_membership(rpc.WorkerInfo(f"extra{index}", 1000 + index), [], {}, True)
+
 peers = {}
 for line in sys.stdin:
     verb, *rest = line.split()
@@ -44,14 +52,21 @@ for line in sys.stdin:
             peers[rest[0]] = control.Peer(control.AgentId(rest[0], int(rest[1])), "echo")
             print("ok", flush=True)
         elif verb == "echo":
-            print(peers[rest[0]].call("echo", {"a": (1, 2)}, timeout_s=5), flush=True)
+            print(peers[rest[0]].ask("echo", {"a": (1, 2)}, timeout_s=5).wait(), flush=True)
         elif verb == "late":
-            peers[rest[0]].call("late", timeout_s=0.5)
+            peers[rest[0]].ask("late", timeout_s=0.5).wait()
         elif verb == "name":
             print(control.call_by_name(rest[0], "echo", "echo", 5, timeout_s=5), flush=True)
         elif verb == "bury":
             control_id = control.AgentId(rest[0], int(rest[1]))
             node.agent.bury([control_id]) if rest[2] == "all" else control.bury_here(control_id)
+            print("ok", flush=True)
+        elif verb == "crowd":
+            crowd(int(rest[0]))
+            print("ok", flush=True)
+        elif verb == "drop":
+            del peers[rest[0]]
+            gc.collect()
             print("ok", flush=True)
     except control.PeerLost as lost:
         print("lost", lost.reason, lost.timed_out, flush=True)
@@ -62,9 +77,9 @@ for line in sys.stdin:
 class Process:
     """A peer that answers a line with a line."""
 
-    def __init__(self, script: str, rank: int, port: int) -> None:
+    def __init__(self, script: str, rank: int, port: int, **environ: str) -> None:
         command = [sys.executable, "-c", script, str(rank), str(port)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": os.environ | environ}
         self.popen = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
 
     def hear(self) -> str:
@@ -103,8 +118,36 @@ def test_the_group_lives_through_deaths(port: int) -> None:
             assert master.say(f"echo {agent}") == "lost its connection is closed False"
             assert master.say(f"bury {name} all") == "ok"
     finally:
-        for process in processes:
-            process.popen.kill()
-            process.popen.wait(10)
-            process.popen.stdin.close()
-            process.popen.stdout.close()
+        _end(processes)
+
+
+@pytest.mark.timeout(60)
+def test_a_reference_to_a_buried_peer_can_be_dropped(port: int) -> None:
+    """Freed memory is filled with rubbish, and the group is so large that names in it are hashed: use is fatal."""
+    rubbish = "glibc.malloc.tcache_count=0:glibc.malloc.perturb=165"
+    processes = [master := Process(MASTER, 0, port, GLIBC_TUNABLES=rubbish)]
+    try:
+        master.hear()
+        processes.append(peer := Process(PEER, 1, port))
+        name = peer.hear()
+        agent = name.split()[0]
+        assert master.say(f"know {name}") == "ok"
+        assert master.say(f"echo {agent}") == "{'a': (1, 2)}"
+        assert master.say("crowd 30") == "ok"
+        os.kill(peer.popen.pid, signal.SIGSTOP)
+        assert master.say(f"drop {agent}") == "ok"
+        os.kill(peer.popen.pid, signal.SIGKILL)
+        assert peer.popen.wait(10) == -signal.SIGKILL
+        assert master.say(f"bury {name} all") == "ok"
+        with pytest.raises(subprocess.TimeoutExpired):  # torch says a lost farewell again after a second
+            master.popen.wait(2.5)
+    finally:
+        _end(processes)
+
+
+def _end(processes: list[Process]) -> None:
+    for process in processes:
+        process.popen.kill()
+        process.popen.wait(10)
+        process.popen.stdin.close()
+        process.popen.stdout.close()

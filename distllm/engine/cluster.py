@@ -243,8 +243,6 @@ class Cluster:
 
     def stop(self, code: int) -> None:
         """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
-        # References go first: one that is let go after its owner has ended makes torch complain.
-        self._peers.clear()
         told: list[Answer | PeerLost] = []
         for identity in self._identities.values():
             try:

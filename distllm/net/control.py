@@ -126,12 +126,18 @@ def _call(key: str, verb: str, args: tuple[object, ...]) -> object:
     return method(*args)
 
 
+# Every reference that was ever held. When one is let go, torch tells its owner so; if the owner does not answer, torch
+# tells it again a second later, through a pointer to the member that burying has freed by then.
+_references: list[Any] = []
+
+
 class Peer:
     """A remote reference to an exposed object of another process."""
 
     def __init__(self, identity: AgentId, key: str) -> None:
         self.identity = identity
         self._reference = rpc.remote(identity.name, _exposed, args=(key,))
+        _references.append(self._reference)
 
     def ask(self, verb: str, *args: object, timeout_s: float) -> Answer:
         """Calls a method there; the answer comes later."""
@@ -140,14 +146,6 @@ class Peer:
             return Answer(self.identity.name, getattr(proxy, verb)(*args))
         except RuntimeError as error:
             raise _lost(self.identity.name, error) from error
-
-    def call(self, verb: str, *args: object, timeout_s: float) -> Any:
-        """Calls a method there and waits.
-
-        Raises:
-            PeerLost: no answer within the time, or the connection is closed.
-        """
-        return self.ask(verb, *args, timeout_s=timeout_s).wait()
 
 
 class Answer:
