@@ -242,3 +242,8 @@ class Step:
     @property
     def tokens(self) -> int:
         return sum(len(row.tokens) for row in self.rows)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Some row is a part of a prompt, and not just the last token of one or of an answer."""
+        return any(len(row.tokens) > 1 or not row.samples for row in self.rows)

@@ -20,6 +20,7 @@ from distllm.core import Output, SamplingParams
 
 if TYPE_CHECKING:
     from distllm.core import Request
+    from distllm.engine.reader import Reader
     from distllm.llm import LLM
 
 # Bytes of a token in an answer: some for its text, some for its id.
@@ -124,68 +125,97 @@ def check_room(output: Path, lines: Sequence[Line], max_tokens: int) -> None:
         raise ValueError(f"output={output}: the answers may take {needed:,} bytes, but {folder} has {free:,} free")
 
 
-def stream(llm: LLM, prompt: str, params: SamplingParams) -> int:
+def stream(llm: LLM, request: Request) -> int:
     """Writes the answer as it comes."""
-    for piece in llm.stream(prompt, params):
+    for piece in llm.stream(request):
         sys.stdout.write(piece.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return 0
 
 
-def batch(llm: LLM, lines: Sequence[Line], output: Path | None, params: SamplingParams) -> int:
-    """Answers every line that can be answered; exit code 0 only if that is all of them."""
-    asked, errors = _requests(llm, lines, params)
-    answers = errors | {}
-    order = iter(range(len(lines)))
+class Questions:
+    """The lines of a file as requests, and the errors, by index, of the lines that cannot be answered.
+
+    Args:
+        reader: of the model that is to answer.
+    """
+
+    def __init__(self, reader: Reader, lines: Sequence[Line], params: SamplingParams) -> None:
+        self.size = len(lines)
+        self.asked: list[tuple[Line, Request]] = []
+        self.errors: dict[int, str] = {}
+        for line in lines:
+            with self._refusing(line):
+                self.asked.append((line, _request(reader, line, params)))
+
+    def fit(self, llm: LLM) -> None:
+        """Takes out what the ranks have no KV room for."""
+        asked, self.asked = self.asked, []
+        for line, request in asked:
+            with self._refusing(line):
+                llm.check_room(request, _name(line))
+                self.asked.append((line, request))
+
+    @contextmanager
+    def _refusing(self, line: Line) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.errors[line.index] = str(error) if str(error).startswith("line ") else f"line {line.number}: {error}"
+
+
+def _request(reader: Reader, line: Line, params: SamplingParams) -> Request:
+    if line.error:
+        raise ValueError(line.error)
+    if "messages" in line.asked:
+        return reader.chat_request(line.asked["messages"], params, _name(line))
+    return reader.request(line.asked["prompt"], params, _name(line))
+
+
+def _name(line: Line) -> str:
+    return f"line {line.number}: the prompt"
+
+
+def batch(llm: LLM | None, questions: Questions, output: Path | None) -> int:
+    """Answers every line that can be answered; exit code 0 only if that is all of them.
+
+    Args:
+        llm: None if there is nothing that can be answered.
+    """
+    if llm is not None:
+        questions.fit(llm)
+    answers: dict[int, dict[str, object]] = {
+        index: {"index": index, "error": error} for index, error in questions.errors.items()
+    }
+    order = iter(range(questions.size))
     at = next(order)
-    with _whole_file(output) as file, Progress(len(asked)) as bar:
+    with _whole_file(output) as file, Progress(len(questions.asked)) as bar:
 
         def write_ready() -> None:
             nonlocal at
             while at in answers:
                 file.write(json.dumps(answers.pop(at), ensure_ascii=False) + "\n")
                 file.flush()
-                at = next(order, len(lines))
+                at = next(order, questions.size)
 
         def on_output(done: Output) -> None:
-            index, line = asked[done.index][0]
-            answers[index] = _answer(index, line, done)
+            line = questions.asked[done.index][0]
+            answers[line.index] = _answer(line, done)
             bar.count(done)
             write_ready()
 
         write_ready()
-        llm.answer([(line, request) for (_, line), request in asked], on_output)
-    for error in errors.values():
-        print(f"distllm: error: {error['error']}", file=sys.stderr)
-    return 1 if errors else 0
+        if llm is not None:
+            llm.answer(questions.asked, on_output)
+    for _, error in sorted(questions.errors.items()):
+        print(f"distllm: error: {error}", file=sys.stderr)
+    return 1 if questions.errors else 0
 
 
-def _requests(
-    llm: LLM, lines: Sequence[Line], params: SamplingParams
-) -> tuple[list[tuple[tuple[int, Line], Request]], dict[int, dict[str, object]]]:
-    """Requests for the lines that can be answered, and the answers of those that cannot."""
-    asked: list[tuple[tuple[int, Line], Request]] = []
-    errors: dict[int, dict[str, object]] = {}
-    for line in lines:
-        try:
-            if line.error:
-                raise ValueError(line.error)
-            name = f"line {line.number}: the prompt"
-            if "messages" in line.asked:
-                request = llm.chat_request(line.asked["messages"], params, name)
-            else:
-                request = llm.request(line.asked["prompt"], params, name)
-            asked.append(((line.index, line), request))
-        except ValueError as error:
-            sentence = str(error) if str(error).startswith("line ") else f"line {line.number}: {error}"
-            errors[line.index] = {"index": line.index, "error": sentence}
-    return asked, errors
-
-
-def _answer(index: int, line: Line, done: Output) -> dict[str, object]:
+def _answer(line: Line, done: Output) -> dict[str, object]:
     return {
-        "index": index,
+        "index": line.index,
         "prompt": line.asked.get("prompt", line.asked.get("messages")),
         "text": done.text,
         "token_ids": done.token_ids,
@@ -223,7 +253,7 @@ def _whole_file(output: Path | None) -> Iterator[TextIO]:
     target = _target(output)
     part = target.with_name(f".distllm-{secrets.token_hex(8)}.part")
     try:
-        with part.open("x", encoding="utf-8") as file:
+        with part.open("x", encoding="utf-8", errors="backslashreplace") as file:
             if target.exists():
                 shutil.copymode(target, part)
             yield file

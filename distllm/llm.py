@@ -16,10 +16,9 @@ from distllm.engine import process
 from distllm.engine.engine import Engine
 from distllm.engine.home import home
 from distllm.engine.job import Options
+from distllm.engine.reader import Messages, Prompt, Reader
 from distllm.net.store import Rendezvous
 
-Prompt = str | Sequence[int]
-Messages = Sequence[Mapping[str, str]]
 Heard = TypeVar("Heard")
 
 # The longest wait in one go, so that Ctrl-C is heard.
@@ -74,7 +73,7 @@ class LLM:
     until that process ends and leaves with SystemExit.
 
     Args:
-        model: folder of a checkpoint, or a model configuration.
+        model: folder of a checkpoint, a model configuration, or a reader that has looked the model through.
         workers: ranks to start on this host, this process included; 0 takes torchrun's, or this process alone.
         dtype: of weights and KV: auto, float32, bfloat16 or float16.
         cluster, plan, engine: further options, as in the sections of the command line's configuration.
@@ -86,7 +85,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | ModelConfig,
+        model: str | Path | ModelConfig | Reader,
         *,
         workers: int | None = None,
         dtype: str | None = None,
@@ -94,7 +93,9 @@ class LLM:
         plan: PlanConfig | None = None,
         engine: EngineConfig | None = None,
     ) -> None:
-        wanted = model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+        if isinstance(model, Reader) and dtype is not None:
+            raise ValueError("dtype is the reader's to know: give it to the reader")
+        wanted = _wanted(model)
         cluster = cluster or ClusterConfig()
         options = Options(
             model=wanted if dtype is None else replace(wanted, dtype=dtype),
@@ -108,7 +109,8 @@ class LLM:
             raise SystemExit(serve_here(options.cluster))
         if rendezvous is not None and rendezvous.world_size > 1:
             home.meet(rendezvous)
-        self._engine = Engine(options, rendezvous)
+        self._reader = model if isinstance(model, Reader) else Reader(options.model)
+        self._engine = Engine(options, self._reader, rendezvous)
 
     @property
     def plan(self) -> Plan:
@@ -152,12 +154,15 @@ class LLM:
         """
         return self.answer([(messages, self.chat_request(messages, params))])[0]
 
-    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Continues one prompt, or answers one conversation, piece by piece.
+    def stream(self, prompt: Prompt | Messages | Request, params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Continues one prompt, or answers one conversation, piece by piece; a request brings its own params.
 
         Raises:
             ValueError, EngineError: as `generate` and `chat`.
         """
+        if isinstance(prompt, Request):
+            self.check_room(prompt)
+            return self._stream(prompt)
         if isinstance(prompt, str) or all(isinstance(each, int) for each in prompt):
             return self._stream(self.request(prompt, params, "the prompt"))  # type: ignore[arg-type]
         return self._stream(self.chat_request(prompt, params, "the conversation"))  # type: ignore[arg-type]
@@ -168,16 +173,24 @@ class LLM:
         Raises:
             ValueError: the prompt is empty or too long; `name` is what it is called.
         """
-        tokens = self._engine.tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        if prompt == "":
-            tokens = ()
-        return self._engine.request(tokens, params or SamplingParams(), name)
+        request = self._reader.request(prompt, params, name)
+        self.check_room(request, name)
+        return request
 
     def chat_request(
         self, messages: Messages, params: SamplingParams | None = None, name: str = "the conversation"
     ) -> Request:
         """As `request`, for chat messages."""
-        return self._engine.request(self._engine.tokenizer.encode_chat(messages), params or SamplingParams(), name)
+        request = self._reader.chat_request(messages, params, name)
+        self.check_room(request, name)
+        return request
+
+    def check_room(self, request: Request, name: str = "the prompt") -> None:
+        """
+        Raises:
+            ValueError: the ranks have too little KV room for a reader's request; `name` is what its prompt is called.
+        """
+        self._engine.check_room(request, name)
 
     def answer(
         self, asked: Sequence[tuple[object, Request]], on_output: Callable[[Output], None] = lambda _: None
@@ -260,6 +273,12 @@ class Draft:
             finish_reason=self.finish_reason,
             usage=Usage(len(self.request.tokens), len(self.token_ids)),
         )
+
+
+def _wanted(model: str | Path | ModelConfig | Reader) -> ModelConfig:
+    if isinstance(model, Reader):
+        return model.model
+    return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,6 +23,7 @@ from distllm.config import Config, validate
 from distllm.core import EngineError
 
 if TYPE_CHECKING:
+    from distllm.engine.reader import Reader
     from distllm.llm import LLM
 
 logger = logging.getLogger("distllm")
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """`python -m distllm.run key=value ...`, alone or under torchrun."""
     # torch warns of every connection that closes, which is how ranks end.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # a model writes more than an old locale can
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model writes more than an old locale can
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Thousands of modules are imported and stay: looking through them again and again is a tenth of the start.
     gc.set_threshold(50_000)
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -59,17 +60,21 @@ def _lead(given: Sequence[str]) -> int:
     _listen_to_signals()
     began = False
     try:
-        config = _configured(given)
-        began = config is not None
-        code = _run(config) if config is not None else 0
+        try:
+            config = _configured(given)
+            began = config is not None
+            code = _run(config) if config is not None else 0
+        finally:
+            _ignore_signals()
     except BrokenPipeError:
         code = 1  # whoever read standard output has had enough
     except (ValueError, EngineError, OSError) as error:
         code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
-    except Terminated:
-        code = _say("ended by SIGTERM", 143)
+    except Terminated as end:
+        verdict = _verdict_behind(end)
+        code = _say("ended by SIGTERM", 143) if verdict is None else _say(str(verdict), 1)
     # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended.
     if began and _number("WORLD_SIZE", 1) > 1:
         _dismiss(code)
@@ -93,6 +98,14 @@ def _dismiss(code: int) -> None:
             home.dismiss(code)
 
 
+def _verdict_behind(end: BaseException) -> EngineError | None:
+    """The engine's word, if the end came while that was on its way up."""
+    behind = end.__context__
+    while behind is not None and not isinstance(behind, EngineError):
+        behind = behind.__context__
+    return behind
+
+
 def _say(sentence: str, code: int) -> int:
     print(f"distllm: error: {sentence}", file=sys.stderr)
     return code
@@ -107,8 +120,7 @@ def _listen_to_signals() -> None:
     others = _number("WORLD_SIZE", 1) > 1
 
     def end(number: int, *_: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        _ignore_signals()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGTERM and others:
@@ -118,6 +130,13 @@ def _listen_to_signals() -> None:
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(each, end)
+
+
+def _ignore_signals() -> None:
+    """What is on its way out ends by itself, and soon."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def _configured(given: Sequence[str]) -> Config | None:
@@ -148,35 +167,41 @@ def _run(config: Config) -> int:
 def _generate(config: Config) -> int:
     """One prompt streamed, or a file of them."""
     from distllm import generate
+    from distllm.engine.reader import Reader
 
     output = None if config.output is None else Path(config.output)
     params = config.sampling.params()
     if config.prompts is None:
         prompt = generate.read_prompt(DEFAULT_PROMPT if config.prompt is None else config.prompt)
-        with _opened(config) as llm:
-            return generate.stream(llm, prompt, params)
+        reader = Reader(config.model)
+        request = reader.request(prompt, params)
+        with _opened(config, reader) as llm:
+            return generate.stream(llm, request)
     lines = generate.read_lines(Path(config.prompts))
     if output is not None:
         generate.check_room(output, lines, params.max_tokens)
-    with _opened(config) as llm:
-        return generate.batch(llm, lines, output, params)
+    reader = Reader(config.model)
+    questions = generate.Questions(reader, lines, params)
+    with _opened(config, reader) if questions.asked else nullcontext() as llm:
+        return generate.batch(llm, questions, output)
 
 
-def _opened(config: Config) -> LLM:
+def _opened(config: Config, reader: Reader) -> LLM:
     from distllm.llm import LLM
 
-    return LLM(config.model, cluster=config.cluster, plan=config.plan, engine=config.engine)
+    return LLM(reader, cluster=config.cluster, plan=config.plan, engine=config.engine)
 
 
 def _plan(config: Config) -> int:
     """Who would hold what: a table for people on standard error, JSON on standard output."""
-    from distllm.engine.engine import Ranks, open_blueprint
+    from distllm.engine.engine import Ranks
     from distllm.engine.job import Job, Options
+    from distllm.engine.reader import open_blueprint
     from distllm.llm import launched
     from distllm.plan.report import as_json, as_table
 
     options = Options(model=config.model, cluster=config.cluster, plan=config.plan, engine=config.engine)
-    blueprint = open_blueprint(options)
+    blueprint = open_blueprint(config.model)
     ranks = Ranks(options, launched())
     try:
         job = Job(options, blueprint, ranks.cluster)
@@ -189,6 +214,7 @@ def _plan(config: Config) -> int:
 
 def _follow(given: Sequence[str], rank: int) -> int:
     """What a launcher's rank other than 0 does; rank 0 speaks for all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         flags, overrides = split_arguments(given)
         if flags.help or flags.cfg:

@@ -20,9 +20,10 @@ import pytest
 from fakes import tiny_checkpoint
 
 from distllm import generate
-from distllm.config import ClusterConfig, PlanConfig
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
 from distllm.core import EngineError, Output, Request, SamplingParams
-from distllm.generate import Line, batch, check_room, read_lines, read_prompt
+from distllm.engine.reader import Reader
+from distllm.generate import Line, Questions, batch, check_room, read_lines, read_prompt
 from distllm.llm import LLM
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -224,9 +225,13 @@ class TestRoom:
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("model"))
-    with LLM(folder, cluster=ClusterConfig(threads=1), plan=PlanConfig(calibrate=False)) as opened:
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(ModelConfig(path=str(tiny_checkpoint(tmp_path_factory.mktemp("model")))))
+
+
+@pytest.fixture(scope="module")
+def llm(reader: Reader) -> Iterator[LLM]:
+    with LLM(reader, cluster=ClusterConfig(threads=1), plan=PlanConfig(calibrate=False)) as opened:
         yield opened
 
 
@@ -236,15 +241,29 @@ class Watched:
     def __init__(self, llm: LLM, tell: Callable[[Output], None]) -> None:
         self._llm, self._tell = llm, tell
 
-    def request(self, prompt: str, params: SamplingParams, name: str) -> Request:
-        return self._llm.request(prompt, replace(params, max_tokens=40) if prompt == "long" else params, name)
+    def check_room(self, request: Request, name: str) -> None:
+        self._llm.check_room(request, name)
 
-    def answer(self, asked: Sequence[tuple[object, Request]], on_output: Callable[[Output], None]) -> list[Output]:
+    def answer(self, asked: Sequence[tuple[Line, Request]], on_output: Callable[[Output], None]) -> list[Output]:
         def both(done: Output) -> None:
             on_output(done)
             self._tell(done)
 
-        return self._llm.answer(asked, both)
+        return self._llm.answer([(line, _longer(line, request)) for line, request in asked], both)
+
+
+def _longer(line: Line, request: Request) -> Request:
+    if line.asked["prompt"] != "long":
+        return request
+    return replace(request, params=replace(request.params, max_tokens=40))
+
+
+Answer = Callable[..., int]
+
+
+@pytest.fixture
+def answer(reader: Reader) -> Answer:
+    return lambda llm, lines, output: batch(llm, Questions(reader, lines, PARAMS), output)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -253,7 +272,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 class TestBatch:
     def test_every_line_is_answered_in_its_place(
-        self, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, answer: Answer, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         chat = [{"role": "user", "content": "Grüße"}]
         content = [
@@ -269,7 +288,7 @@ class TestBatch:
             json.dumps({"prompt": "é"}),
         ]
         output = tmp_path / "out.jsonl"
-        assert batch(llm, read_lines(write(tmp_path, "\n".join(content))), output, PARAMS) == 1
+        assert answer(llm, read_lines(write(tmp_path, "\n".join(content))), output) == 1
         found = read(output)
         assert [each["index"] for each in found] == list(range(10))
         wrong = {each["index"]: each["error"] for each in found if "error" in each}
@@ -295,31 +314,49 @@ class TestBatch:
         said = [line for line in captured.err.splitlines() if line.startswith("distllm: error: ")]
         assert said == [f"distllm: error: {sentence}" for sentence in wrong.values()]
 
-    def test_all_answered_is_success(self, llm: LLM, tmp_path: Path) -> None:
-        assert batch(llm, lines_of("a", "b"), tmp_path / "out", PARAMS) == 0
+    def test_all_answered_is_success(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
+        assert answer(llm, lines_of("a", "b"), tmp_path / "out") == 0
 
-    def test_none_to_answer(self, llm: LLM, tmp_path: Path) -> None:
-        assert batch(llm, lines_of(""), tmp_path / "out", PARAMS) == 1
+    def test_none_to_answer(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
+        assert answer(llm, lines_of(""), tmp_path / "out") == 1
         assert [set(each) for each in read(tmp_path / "out")] == [{"index", "error"}]
 
     def test_without_a_file_the_answers_go_to_standard_output(
-        self, llm: LLM, capsys: pytest.CaptureFixture[str]
+        self, answer: Answer, llm: LLM, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert batch(llm, lines_of("a", "", "é"), None, PARAMS) == 1
+        assert answer(llm, lines_of("a", "", "é"), None) == 1
         found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [(each["index"], each.get("prompt")) for each in found] == [(0, "a"), (1, None), (2, "é")]
 
-    def test_order_is_kept_when_answers_end_out_of_order(self, llm: LLM, tmp_path: Path) -> None:
+    def test_what_has_no_room_is_told_and_the_rest_answered(
+        self, answer: Answer, reader: Reader, tmp_path: Path
+    ) -> None:
+        engine = EngineConfig(kv_tokens=64, block_tokens=16)
+        with LLM(reader, cluster=ClusterConfig(threads=1), engine=engine) as little:
+            assert answer(little, lines_of("x" * 40, "x" * 100, "", "b"), tmp_path / "out") == 1
+        found = read(tmp_path / "out")
+        assert [set(each) == {"index", "error"} for each in found] == [False, True, True, False]
+        assert found[1]["error"] == (
+            "line 2: the prompt has 100 tokens; there is KV room for 64: raise engine.kv_tokens"
+        )
+
+    def test_half_a_character_goes_through(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
+        asked = {"messages": [{"role": "user", "content": "hi", "name": "\ud800"}]}
+        lines = read_lines(write(tmp_path, json.dumps(asked)))
+        assert answer(llm, lines, tmp_path / "out") == 0
+        assert read(tmp_path / "out")[0]["prompt"] == asked["messages"]
+
+    def test_order_is_kept_when_answers_end_out_of_order(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
         ended: list[int] = []
         watched = Watched(llm, lambda done: ended.append(len(done.token_ids)))
-        assert batch(watched, lines_of("long", "b", "c"), tmp_path / "out", PARAMS) == 0  # type: ignore[arg-type]
+        assert answer(watched, lines_of("long", "b", "c"), tmp_path / "out") == 0
         assert ended == [6, 6, 40]
         assert [(each["index"], each["prompt"]) for each in read(tmp_path / "out")] == [(0, "long"), (1, "b"), (2, "c")]
 
     @pytest.mark.parametrize("error", [EngineError("rank 1 is gone"), KeyboardInterrupt()], ids=["engine", "ctrl-c"])
     @pytest.mark.parametrize("old", [None, "old answers"], ids=["new", "old"])
     def test_an_engine_that_fails_leaves_the_old_file(
-        self, llm: LLM, tmp_path: Path, error: BaseException, old: str | None
+        self, answer: Answer, llm: LLM, tmp_path: Path, error: BaseException, old: str | None
     ) -> None:
         output = tmp_path / "out"
         if old is not None:
@@ -332,44 +369,46 @@ class TestBatch:
                 raise error
 
         with pytest.raises(type(error)):
-            batch(Watched(llm, fail_half_way), lines_of("a", "b", "c", "d"), output, PARAMS)  # type: ignore[arg-type]
+            answer(Watched(llm, fail_half_way), lines_of("a", "b", "c", "d"), output)
         assert [path.name for path in tmp_path.iterdir()] == ([] if old is None else ["out"])
         assert old is None or output.read_text() == old
-        assert batch(llm, lines_of("a"), output, PARAMS) == 0, "the engine goes on"
+        assert answer(llm, lines_of("a"), output) == 0, "the engine goes on"
 
-    def test_the_old_file_stays_until_the_new_one_is_whole(self, llm: LLM, tmp_path: Path) -> None:
+    def test_the_old_file_stays_until_the_new_one_is_whole(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
         output = tmp_path / "out"
         output.write_text("old")
         seen: list[tuple[str, int]] = []
         watched = Watched(llm, lambda _: seen.append((output.read_text(), len(list(tmp_path.iterdir())))))
-        assert batch(watched, lines_of("a", "b"), output, PARAMS) == 0  # type: ignore[arg-type]
+        assert answer(watched, lines_of("a", "b"), output) == 0
         assert seen == [("old", 2)] * 2
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert len(read(output)) == 2
 
-    def test_a_new_file_is_as_open_as_others_and_an_old_one_as_before(self, llm: LLM, tmp_path: Path) -> None:
+    def test_a_new_file_is_as_open_as_others_and_an_old_one_as_before(
+        self, answer: Answer, llm: LLM, tmp_path: Path
+    ) -> None:
         before = os.umask(0o027)
         try:
-            batch(llm, lines_of("a"), tmp_path / "new", PARAMS)
+            answer(llm, lines_of("a"), tmp_path / "new")
             (tmp_path / "old").touch()
             (tmp_path / "old").chmod(0o600)
-            batch(llm, lines_of("a"), tmp_path / "old", PARAMS)
+            answer(llm, lines_of("a"), tmp_path / "old")
         finally:
             os.umask(before)
         modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")]
         assert modes == [0o640, 0o600]
 
-    def test_a_link_stays_a_link(self, llm: LLM, tmp_path: Path) -> None:
+    def test_a_link_stays_a_link(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
         (tmp_path / "there").mkdir()
         (tmp_path / "link").symlink_to("there/out")
-        batch(llm, lines_of("a"), tmp_path / "link", PARAMS)
+        answer(llm, lines_of("a"), tmp_path / "link")
         assert (tmp_path / "link").is_symlink()
         assert len(read(tmp_path / "there" / "out")) == 1
 
-    def test_the_longest_name_there_is(self, llm: LLM, tmp_path: Path) -> None:
-        assert batch(llm, lines_of("a"), tmp_path / ("n" * 255), PARAMS) == 0
+    def test_the_longest_name_there_is(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
+        assert answer(llm, lines_of("a"), tmp_path / ("n" * 255)) == 0
 
-    def test_a_disk_that_fills_up_leaves_the_old_file(self, llm: LLM, tmp_path: Path) -> None:
+    def test_a_disk_that_fills_up_leaves_the_old_file(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
         output = tmp_path / "out"
         output.write_text("old")
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -377,20 +416,20 @@ class TestBatch:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         try:
             with pytest.raises(OSError, match=f"^output={output}: File too large; nothing was written there$"):
-                batch(llm, lines_of("a", "b"), output, PARAMS)
+                answer(llm, lines_of("a", "b"), output)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, before)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert output.read_text() == "old"
 
-    def test_a_folder_that_went_away(self, llm: LLM, tmp_path: Path) -> None:
+    def test_a_folder_that_went_away(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
         with pytest.raises(OSError, match=f"^output={tmp_path}/no/out: No such file or directory; nothing was written"):
-            batch(llm, lines_of("a"), tmp_path / "no" / "out", PARAMS)
+            answer(llm, lines_of("a"), tmp_path / "no" / "out")
 
 
-def test_stream_writes_the_text_and_a_newline(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.stream(llm, "Grüße", PARAMS) == 0
+def test_stream_writes_the_text_and_a_newline(reader: Reader, llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.stream(llm, reader.request("Grüße", PARAMS)) == 0
     captured = capsys.readouterr()
     assert captured.out == llm.generate("Grüße", PARAMS)[0].text + "\n"
     assert captured.err == ""

@@ -170,7 +170,7 @@ class Job:
         assert self.scheduler.rewind() == ()
         self.under_way.clear()
         self.stages = Stages(self.stages.block_tokens)
-        assert (self.scheduler.running, self.scheduler.in_flight, self.scheduler.kv_blocks_used) == (0, 0, 0)
+        assert (self.scheduler.running, self.scheduler.kv_blocks_used) == (0, 0)
 
     def fill(self) -> None:
         while self.step():
@@ -186,7 +186,7 @@ class Job:
 
     def check_end(self) -> None:
         assert not self.scheduler.has_work
-        assert (self.scheduler.running, self.scheduler.waiting, self.scheduler.in_flight) == (0, 0, 0)
+        assert (self.scheduler.running, self.scheduler.waiting) == (0, 0)
         assert self.pool.free == self.pool.blocks
         for name, item in self.requests.items():
             answer, reason = expected_answer(item, self.limit)

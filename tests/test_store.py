@@ -65,7 +65,7 @@ def test_ranks_of_one_host_choose_loopback() -> None:
 def test_an_interface_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"cluster\.interface=eth99: this host has no such interface .* it has .*lo"):
         address.named("eth99")
-    assert address.named("lo").is_loopback
+    assert address.named("lo").address == address.LOOPBACK
 
 
 def test_a_name_that_does_not_resolve() -> None:

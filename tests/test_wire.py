@@ -73,17 +73,15 @@ def test_frames_go_round_in_order(ring: Callable[..., list[Wire]]) -> None:
 def test_a_neighbour_that_closes_breaks_the_ring_at_once(ring: Callable[..., list[Wire]]) -> None:
     wires = ring(3, deadline_s=60.0)
     wires[1].close()
-    with pytest.raises(WireBroken) as broken:
+    with pytest.raises(WireBroken, match=r"^the stage before has closed its connection$"):
         wires[2].receive()
-    assert not broken.value.timed_out
 
 
 def test_a_silent_neighbour_breaks_the_ring_at_the_deadline(ring: Callable[..., list[Wire]]) -> None:
     wires = ring(2, deadline_s=1.0)
     began = time.monotonic()
-    with pytest.raises(WireBroken) as broken:
+    with pytest.raises(WireBroken, match=r"^the stage before is silent$"):
         wires[0].receive()
-    assert broken.value.timed_out
     assert time.monotonic() - began >= 0.9
 
 

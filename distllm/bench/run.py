@@ -22,8 +22,7 @@ from distllm.bench.report import Setting, as_json, as_table
 from distllm.bench.rival import PIPELINE, RIVALS, Match
 from distllm.config import BenchConfig, Config, one_of
 from distllm.core import Plan
-from distllm.engine.engine import open_blueprint
-from distllm.engine.job import Options
+from distllm.engine.reader import open_blueprint
 from distllm.llm import LLM, launched
 from distllm.model.blueprint import Blueprint
 from distllm.model.tokenizer import Tokenizer
@@ -41,7 +40,7 @@ def bench(config: Config) -> int:
     if launched() is not None:
         raise ValueError("task=bench starts its ranks itself: run it without torchrun")
     check(config)
-    blueprint = open_blueprint(Options(model=config.model))
+    blueprint = open_blueprint(config.model)
     check_room(config.bench, blueprint.sizes.context_length)
     prompts = _prompts(config.bench, blueprint.checkpoint.path)
     if config.bench.ranks > cores():

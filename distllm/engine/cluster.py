@@ -10,8 +10,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ from distllm.core import EngineError, Member
 from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
-from distllm.engine.orders import Registration, Status
+from distllm.engine.orders import BEFORE_STEPS, Registration, Status, finished_in_words, in_words
 from distllm.net.control import AgentId, Answer, Peer, PeerLost, ask_by_name, expose
 from distllm.net.node import Node
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1
 ORDER_TIMEOUT_S = 20.0
 VERDICT_TIMEOUT_S = 1.5
+# Ranks that wait for one that does not join the ring give up at nearly the same time as the master.
+JOIN_GRACE_S = 1.0
 
 
 class Registrar:
@@ -88,7 +91,8 @@ class Cluster:
         self._me = replace(host.describe(0), life=node.life)
         registrar = Registrar(self._me)
         expose("master", registrar)
-        node.lead()
+        with _store_needed():
+            node.lead()
         registrations = self._gather(registrar, world_size, join_timeout_s)
         self.members = {0: self._me} | {rank: each.member for rank, each in sorted(registrations.items())}
         self._identities: dict[int, AgentId] = {rank: each.identity for rank, each in registrations.items()}
@@ -125,6 +129,15 @@ class Cluster:
                 )
         return sorted(shares, key=lambda member: member.rank)
 
+    def new_epoch(self) -> int:
+        """A number that no epoch of this job has had.
+
+        Raises:
+            EngineError: the job's store is gone.
+        """
+        with _store_needed():
+            return self.node.new_epoch()
+
     def order(self, verb: str, orders: Mapping[int, object]) -> None:
         """Gives each rank its order.
 
@@ -133,11 +146,12 @@ class Cluster:
         """
         for rank, answer in self._ask(verb, orders, ORDER_TIMEOUT_S).items():
             if isinstance(answer, PeerLost):
-                raise self.lost({rank: answer.reason}, {})
+                raise self.lost({rank: answer}, {})
 
-    def forget(self, epoch: int) -> None:
+    def forget(self) -> None:
         """Tells all ranks to unload; one that does not hear it is found out by the next order."""
-        self._ask("unload", dict.fromkeys(self._peers, epoch), VERDICT_TIMEOUT_S)
+        with suppress(EngineError):  # without a store there will be no next order
+            self._ask("unload", dict.fromkeys(self._peers, self.new_epoch()), VERDICT_TIMEOUT_S)
 
     def _ask(self, verb: str, arguments: Mapping[int, object], timeout_s: float) -> dict[int, object]:
         """Calls a verb of several ranks at once: each one's answer, or the PeerLost that came instead."""
@@ -182,7 +196,7 @@ class Cluster:
         while waiting and not (unless.done() and unless.exception()):
             for rank, status in self.statuses(waiting, deadline_s).items():
                 if isinstance(status, PeerLost):
-                    raise self.lost({rank: status.reason}, {})
+                    raise self.lost({rank: status}, {})
                 told[rank] = status
                 if status.failure:
                     raise EngineError(f"{self.members[rank]}: {status.failure}")
@@ -201,45 +215,50 @@ class Cluster:
 
         Args:
             ring: ranks in ring order.
-            last_step: the last step that came home.
+            last_step: the last step that came home; BEFORE_STEPS if the ring did not form.
         """
         others = [rank for rank in ring if rank != 0]
+        if last_step == BEFORE_STEPS:
+            time.sleep(JOIN_GRACE_S)
         said = self.statuses(others, VERDICT_TIMEOUT_S)
-        gone = {rank: status.reason for rank, status in said.items() if isinstance(status, PeerLost)}
+        gone = {rank: status for rank, status in said.items() if isinstance(status, PeerLost)}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
         if gone:
             return self.lost(gone, _finished(ring, heard, last_step))
         for rank, status in heard.items():
             if status.failure and not status.ring_broke:
-                return EngineError(f"{self.members[rank]} failed at step {status.received}: {status.failure}")
+                return EngineError(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}")
         busy = {rank: status for rank, status in heard.items() if not status.done and status.received > status.finished}
+        if last_step == BEFORE_STEPS:
+            busy |= {rank: status for rank, status in heard.items() if not status.done}
         for rank, status in busy.items():
             return EngineError(
-                f"{self.members[rank]} hangs in step {status.received} for {status.still_s:.0f} s; "
-                f"the last step it finished is {status.finished}"
+                f"{self.members[rank]} hangs in {in_words(status.received)} for {status.still_s:.0f} s; "
+                f"{finished_in_words(status.finished)}"
             )
         return EngineError(f"the ring broke although every rank answers: {broken}; is a link between two hosts down?")
 
-    def lost(self, reasons: Mapping[int, str], finished: Mapping[int, int]) -> EngineError:
+    def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> EngineError:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""
         sentences = []
-        for rank, reason in sorted(reasons.items()):
+        for rank, peer in sorted(silent.items()):
             ended = self._local.ended(rank) if self._local else None
-            killed = "" if ended else self._kill(self.members[rank])
-            step = f"; the last step it finished is {finished[rank]}" if rank in finished else ""
-            sentences.append(f"{self.members[rank]} is lost: {ended or reason}{killed}{step}")
+            killed = ", so the master killed it" if peer.timed_out and not ended and self._kill(rank) else ""
+            step = f"; {finished_in_words(finished[rank])}" if rank in finished else ""
+            sentences.append(f"{self.members[rank]} is lost: {ended or peer.reason}{killed}{step}")
         return EngineError("; ".join(sentences))
 
-    def _kill(self, member: Member) -> str:
-        """Kills a process of this host that does not answer, if it is certainly that one."""
+    def _kill(self, rank: int) -> bool:
+        """Kills a process of this host, if it is certainly that one."""
+        member = self.members[rank]
         same_host = (member.boot_id, member.pid_namespace) == (self._me.boot_id, self._me.pid_namespace)
         try:
             if not same_host or abs(psutil.Process(member.pid).create_time() - member.started) > 0.01:
-                return ""
+                return False
             os.kill(member.pid, signal.SIGKILL)
         except (psutil.Error, ProcessLookupError, PermissionError):
-            return ""
-        return ", so the master killed it"
+            return False
+        return True
 
     def stop(self, code: int) -> None:
         """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
@@ -254,6 +273,14 @@ class Cluster:
         if self._local:
             self._local.end()
             self.node.agent.bury(list(self._identities.values()))
+
+
+@contextmanager
+def _store_needed() -> Iterator[None]:
+    try:
+        yield
+    except ConnectionError as error:
+        raise EngineError(str(error)) from error
 
 
 def _heard(answer: Answer | PeerLost) -> object:

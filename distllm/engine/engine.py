@@ -1,25 +1,19 @@
-"""The whole engine of one model on rank 0: ranks, job, tokenizer and master, opened together and closed together."""
+"""The whole engine of one model on rank 0: ranks, job and master, opened together and closed together."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-import secrets
-from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from distllm.core import Request, SamplingParams
+from distllm.core import Request
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink
 from distllm.engine.home import home
 from distllm.engine.job import Job, Options
 from distllm.engine.master import Master
-from distllm.model import source
-from distllm.model.blueprint import Blueprint
-from distllm.model.tokenizer import Tokenizer
+from distllm.engine.reader import Reader
 from distllm.net.store import Rendezvous
 from distllm.plan.blocks import BlockPool
 from distllm.plan.scheduler import Scheduler
@@ -50,29 +44,34 @@ class Ranks:
 
     def close(self) -> None:
         """Ends the ranks that this process started; those of a launcher stay for the next model."""
-        if self.cluster is not None and self._started_here:
+        if self.cluster is None:
+            return
+        if self._started_here:
             self.cluster.stop(0)
+        home.release()
 
 
 class Engine:
     """Takes requests for one model and delivers their pieces.
 
+    Args:
+        reader: of the options' model.
+        launched: where a launcher's ranks meet; None if this process has none.
+
     Raises:
-        ValueError: an option, the model or its files cannot be used, or it does not fit; the sentence says why.
+        ValueError: an option or the model's files cannot be used, or it does not fit; the sentence says why.
         EngineError: a rank does not come up or is lost.
     """
 
-    def __init__(self, options: Options, launched: Rendezvous | None) -> None:
+    def __init__(self, options: Options, reader: Reader, launched: Rendezvous | None) -> None:
         self._threads = torch.get_num_threads()
-        self._ids = itertools.count()
+        self._tokenizer = reader.tokenizer
         self._ranks: Ranks | None = None
         self._job: Job | None = None
         self._master: Master | None = None
         try:
-            blueprint = open_blueprint(options)
-            self.tokenizer = Tokenizer.load(blueprint.checkpoint.path)
             self._ranks = Ranks(options, launched)
-            self._job = self.job = Job(options, blueprint, self._ranks.cluster)
+            self._job = self.job = Job(options, reader.blueprint, self._ranks.cluster)
             pipeline = self._job.start()
             scheduler = _scheduler(self._job, pipeline.stages)
             self._master = self.master = Master(pipeline, scheduler, options.engine.prompt_chunk)
@@ -80,31 +79,19 @@ class Engine:
             self.close()
             raise
 
-    def request(self, tokens: Sequence[int], params: SamplingParams, name: str) -> Request:
-        """A request for the continuation of these tokens, its seed drawn if it has none.
-
+    def check_room(self, request: Request, name: str) -> None:
+        """
         Args:
-            name: what to call the prompt in errors.
+            name: what to call the prompt in the error.
 
         Raises:
-            ValueError: the prompt is empty or too long.
+            ValueError: the ranks have too little KV room for it.
         """
-        if not tokens:
-            raise ValueError(f"{name} is empty; give at least one token")
-        vocabulary = int(self.job.blueprint.config.vocab_size)
-        if strange := next((token for token in tokens if not 0 <= token < vocabulary), None):
-            raise ValueError(f"{name} has the token id {strange}; the model knows 0 to {vocabulary - 1}")
-        context = self.job.sizes.context_length
-        if len(tokens) >= context:
-            raise ValueError(
-                f"{name} has {len(tokens)} tokens; with one for the answer the model's context takes {context}"
-            )
         room = self.job.plan.kv_tokens
-        if len(tokens) >= room:
-            raise ValueError(f"{name} has {len(tokens)} tokens; there is KV room for {room}: raise engine.kv_tokens")
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(63))
-        return Request(id=next(self._ids), tokens=tuple(tokens), params=params, eos_ids=self.tokenizer.eos_ids)
+        if len(request.tokens) >= room:
+            raise ValueError(
+                f"{name} has {len(request.tokens)} tokens; there is KV room for {room}: raise engine.kv_tokens"
+            )
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queues a request; its pieces, or the error that ends it, go to the sink, from the engine's thread.
@@ -112,7 +99,7 @@ class Engine:
         Raises:
             EngineError: the engine has ended.
         """
-        self.master.submit(Delivery(request, self.tokenizer, sink))
+        self.master.submit(Delivery(request, self._tokenizer, sink))
 
     def stats(self) -> dict[str, object]:
         """What each rank holds and how it spends its time."""
@@ -152,15 +139,6 @@ class Engine:
             self._ranks.close()
         self._master = self._job = self._ranks = None
         torch.set_num_threads(self._threads)
-
-
-def open_blueprint(options: Options) -> Blueprint:
-    """
-    Raises:
-        ValueError: the model cannot be used; the sentence says why.
-    """
-    model = options.model
-    return Blueprint(source.folder(model), dtype=model.dtype, context_length=model.context_length)
 
 
 def _scheduler(job: Job, stages: int) -> Scheduler:

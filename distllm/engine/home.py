@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from distllm.config import ClusterConfig
+from distllm.core import EngineError
 from distllm.engine.cluster import Cluster
 from distllm.engine.local import LocalRanks
 from distllm.net import address, control, store
@@ -30,20 +31,29 @@ class Home:
         self._node: Node | None = None
         self._promised: Rendezvous | None = None
         self._launched: Cluster | None = None
+        self._busy = False
 
     def start(self, config: ClusterConfig) -> Cluster:
         """Starts `config.workers` ranks in all on this host, this process being rank 0.
 
         Raises:
-            ValueError, EngineError: they do not come up; the sentence says why.
+            ValueError, EngineError: they do not come up, or serve another model; the sentence says why.
         """
         self._end_at_exit()
+        self._take()
+        try:
+            return self._start(config)
+        except BaseException:
+            self._busy = False
+            raise
+
+    def _start(self, config: ClusterConfig) -> Cluster:
         if self._node is None:
             self._store, port = store.serve_on_loopback()
             rendezvous = Rendezvous(
                 rank=0, world_size=config.workers, host=address.LOOPBACK, port=port, job="local", one_host=True
             )
-            self._node = Node(rendezvous, None, config.join_timeout_s)
+            self._node = _joined(rendezvous, config)
         rendezvous = replace(self._node.rendezvous, world_size=config.workers)
         local = LocalRanks(rendezvous, join_timeout_s=config.join_timeout_s, deadline_s=config.deadline_s)
         try:
@@ -61,12 +71,22 @@ class Home:
         """The ranks that a launcher started; they stay until this process ends.
 
         Raises:
-            ValueError, EngineError: they do not come up; the sentence says why.
+            ValueError, EngineError: they do not come up, or serve another model; the sentence says why.
         """
         if self._launched is None:
-            self._node = Node(rendezvous, config.interface, config.join_timeout_s)
+            self._node = _joined(rendezvous, config)
             self._launched = Cluster(self._node, None, rendezvous.world_size, join_timeout_s=config.join_timeout_s)
+        self._take()
         return self._launched
+
+    def _take(self) -> None:
+        if self._busy:
+            raise ValueError("an LLM of this process has its ranks open; close it before another one is opened")
+        self._busy = True
+
+    def release(self) -> None:
+        """The ranks may serve another model."""
+        self._busy = False
 
     def dismiss(self, code: int | None = None) -> None:
         """Ends the launched ranks, with an exit code that says how this process ends."""
@@ -88,6 +108,13 @@ class Home:
     def _end(self) -> None:
         self.dismiss()
         control.leave()
+
+
+def _joined(rendezvous: Rendezvous, config: ClusterConfig) -> Node:
+    try:
+        return Node(rendezvous, config.interface, config.join_timeout_s)
+    except ConnectionError as error:
+        raise EngineError(str(error)) from error
 
 
 home = Home()

@@ -21,7 +21,7 @@ from distllm.engine import host
 from distllm.engine.calibrate import time_stages
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Loaded, load
-from distllm.engine.orders import JoinOrder, LoadOrder, Status
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Status
 from distllm.engine.pipeline import Pipeline
 from distllm.model.blueprint import Blueprint
 from distllm.net.wire import WireBroken
@@ -174,11 +174,11 @@ class Job:
                 deadline_s=self.options.cluster.deadline_s,
             )
         except WireBroken as broken:
-            raise cluster.verdict(broken, [0, *others], -1) from broken
+            raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
         return Pipeline(loaded, wire, cluster)
 
     def _orders(self, plan: Plan) -> dict[int, LoadOrder]:
-        self._epoch = self._cluster.node.new_epoch() if self._cluster else self._epoch + 1
+        self._epoch = self._cluster.new_epoch() if self._cluster else self._epoch + 1
         devices = {member.rank: member.device for member in self.members}
         order = LoadOrder(
             epoch=self._epoch,
@@ -197,7 +197,7 @@ class Job:
     def unload(self) -> None:
         """Tells the other ranks to forget the model; they stay for the next one."""
         if self._cluster is not None:
-            self._cluster.forget(self._cluster.node.new_epoch())
+            self._cluster.forget()
 
 
 def _members(cluster: Cluster | None, memory_fraction: float) -> list[Member]:

@@ -26,12 +26,14 @@ class LocalRanks:
         # torch warns of every connection that closes, which is how ranks end.
         environ = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | dict(os.environ)
         self._children = {
-            rank: subprocess.Popen([*command, f"--rank={rank}"], stdin=subprocess.PIPE, env=environ)
+            rank: subprocess.Popen(
+                [*command, f"--rank={rank}"],
+                stdin=subprocess.PIPE,
+                env=environ,
+                process_group=0,  # out of the terminal's, whose Ctrl-C is this process's to answer
+            )
             for rank in range(1, rendezvous.world_size)
         }
-
-    def pid(self, rank: int) -> int:
-        return self._children[rank].pid
 
     def ended(self, rank: int) -> str | None:
         """How a child ended, or None while it runs."""

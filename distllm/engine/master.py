@@ -15,15 +15,14 @@ import torch
 
 from distllm.core import EngineError
 from distllm.engine.delivery import Delivery
-from distllm.engine.pipeline import Pipeline
+from distllm.engine.pace import Pace
+from distllm.engine.pipeline import Done, Pipeline
 from distllm.engine.stats import Stats
 from distllm.net.wire import WireBroken
 from distllm.plan.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-# No honest step may come near the deadline: prompt chunks are halved when a stage takes this share of it.
-SLOW_SHARE = 0.25
 END_TIMEOUT_S = 10.0
 
 
@@ -40,7 +39,8 @@ class Master:
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
-        self._chunk = prompt_chunk
+        self._pace = Pace(prompt_chunk, pipeline.deadline_s)
+        scheduler.set_prompt_chunk(self._pace.chunk)
         self._inbox: queue.SimpleQueue[Delivery | Cancel | None] = queue.SimpleQueue()
         self._deliveries: dict[int, Delivery] = {}
         self._closing = False
@@ -81,21 +81,26 @@ class Master:
 
     def _run(self) -> None:
         """The thread; this is the edge at which whatever ended the engine is told to every caller."""
-        error: EngineError | None = None
+        try:
+            end = self._serve()
+        except Exception as error:
+            logger.exception("the master failed")
+            end = EngineError(f"rank 0 failed: {type(error).__name__}: {error}")
+        with self._lock:
+            self._failure = end
+        for delivery in (*self._deliveries.values(), *self._drain()):
+            delivery.fail(end)
+        self._deliveries.clear()
+
+    def _serve(self) -> EngineError:
+        """Runs until the engine is closed or the ring breaks, and says which."""
         torch.set_num_threads(self._pipeline.threads)
         try:
             with self._pipeline:
                 self._loop()
         except WireBroken as broken:
-            error = self._pipeline.verdict(broken)
-        except Exception as broken:
-            logger.exception("the master failed")
-            error = EngineError(f"rank 0 failed: {type(broken).__name__}: {broken}")
-        with self._lock:
-            self._failure = error or EngineError("the engine is closed")
-        for delivery in (*self._deliveries.values(), *self._drain()):
-            delivery.fail(self._failure)
-        self._deliveries.clear()
+            return self._pipeline.verdict(broken)
+        return EngineError("the engine is closed")
 
     def _drain(self) -> Sequence[Delivery]:
         waiting = []
@@ -142,7 +147,7 @@ class Master:
     def _collect(self) -> None:
         done = self._pipeline.receive()
         self.stats.add(tokens=len(done.tokens), times=done.times, seconds=done.seconds)
-        self._mind_the_deadline(done.slowest_s)
+        self._mind_the_deadline(done)
         for commit in self._scheduler.commit(done.step.id, done.tokens):
             delivery = self._deliveries[commit.request]
             stopped = delivery.push(commit.token, commit.finish_reason)
@@ -151,8 +156,7 @@ class Master:
             if stopped or commit.finish_reason is not None:
                 del self._deliveries[commit.request]
 
-    def _mind_the_deadline(self, slowest_s: float) -> None:
-        if slowest_s > SLOW_SHARE * self._pipeline.deadline_s and self._chunk > 1:
-            self._chunk = max(1, self._chunk // 2)
-            logger.warning("a stage took %.1f s for a step; prompts now go in chunks of %d", slowest_s, self._chunk)
-            self._scheduler.set_prompt_chunk(self._chunk)
+    def _mind_the_deadline(self, done: Done) -> None:
+        if done.step.has_prompt and self._pace.see(done.step.tokens, done.seconds):
+            logger.warning("a step took %.1f s; prompts now go in chunks of %d", done.seconds, self._pace.chunk)
+        self._scheduler.set_prompt_chunk(self._pace.chunk)

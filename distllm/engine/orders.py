@@ -13,6 +13,18 @@ from distllm.net.control import AgentId
 BEFORE_STEPS = -(2**31)
 
 
+def in_words(step: int) -> str:
+    """A step that a rank is in."""
+    if step == BEFORE_STEPS:
+        return "the forming of the ring"
+    return f"step {step}" if step >= 0 else "a step that times the stages"
+
+
+def finished_in_words(step: int) -> str:
+    """How far a rank came."""
+    return f"the last step it finished is {step}" if step >= 0 else "it finished no step of a request"
+
+
 @dataclass(frozen=True, slots=True)
 class Registration:
     """What a new rank tells the master."""

@@ -31,10 +31,6 @@ class Done:
     times: tuple[StageTime, ...]
     seconds: float
 
-    @property
-    def slowest_s(self) -> float:
-        return max(time.body + time.head for time in self.times)
-
 
 class Pipeline:
     """One epoch of one model, seen from rank 0. Leaving it as a context ends the epoch on every rank."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from dataclasses import dataclass
@@ -19,10 +18,6 @@ class Interface:
 
     name: str
     address: str
-
-    @property
-    def is_loopback(self) -> bool:
-        return ipaddress.ip_address(self.address).is_loopback
 
 
 def _addresses() -> list[Interface]:

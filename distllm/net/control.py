@@ -20,6 +20,7 @@ from torch.distributed.rpc import _utils as rpc_utils
 from torch.distributed.rpc import api as rpc_api
 
 from distllm.net.address import Interface
+from distllm.net.store import reached
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class Agent:
     """
 
     def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float) -> None:
-        self.identity = AgentId(name, int(store.add("agents", 1)))
+        with reached():
+            self.identity = AgentId(name, int(store.add("agents", 1)))
         self._store = PrefixStore("rpc", store)
         self._store.set_timeout(timedelta(seconds=timeout_s))
         if interface.name:

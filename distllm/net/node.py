@@ -25,6 +25,7 @@ class Node:
 
     Raises:
         ValueError: the store cannot be reached or opened, the interface does not exist, or ranks are missing.
+        ConnectionError: the store is gone, or another rank died meanwhile.
     """
 
     def __init__(self, rendezvous: Rendezvous, interface: str | None, join_timeout_s: float) -> None:
@@ -47,8 +48,13 @@ class Node:
         return self.agent.identity
 
     def lead(self) -> None:
-        """Says that this process is the master, once it can be called."""
-        self.store.set(store.MASTER, self.identity.name)
+        """Says that this process is the master, once it can be called.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with store.reached():
+            self.store.set(store.MASTER, self.identity.name)
 
     def find_master(self, timeout_s: float) -> str:
         """The name of rank 0's agent.
@@ -59,14 +65,20 @@ class Node:
         """
         if store.wait_for(self.store, [store.MASTER], timeout_s):
             raise ValueError(f"rank 0 did not come up within {timeout_s:g} s")
-        name: str = self.store.get(store.MASTER).decode()
+        with store.reached():
+            name: str = self.store.get(store.MASTER).decode()
         if name == store.GIVEN_UP:
             raise ConnectionError("rank 0 gave up")
         return name
 
     def new_epoch(self) -> int:
-        """A number that no epoch of this job has had."""
-        return int(self.store.add("epochs", 1))
+        """A number that no epoch of this job has had.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with store.reached():
+            return int(self.store.add("epochs", 1))
 
     def wire(self, epoch: int, *, position: int, devices: Sequence[str], receive_bytes: int, deadline_s: float) -> Wire:
         """Joins the ring of an epoch.

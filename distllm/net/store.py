@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,10 +16,13 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from distllm.net import address
 from distllm.net.address import Interface
 
+logger = logging.getLogger(__name__)
+
 MASTER = "master"
 GIVEN_UP = "given up"
 POLL_S = 0.05
-CONNECT_SLICE_S = 3.0
+CONNECT_SLICE_S = 10.0
+PROBE_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,26 +87,42 @@ def connect(rendezvous: Rendezvous, timeout_s: float) -> Store:
     Raises:
         ValueError: nobody answers there within the time.
     """
-    where = f"{rendezvous.host}:{rendezvous.port}"
     deadline = time.monotonic() + timeout_s
     while True:
-        slice_s = min(CONNECT_SLICE_S, timeout_s)
         try:
+            # Knocking first: torch would print its stack for every try at a port that nobody has opened yet.
+            socket.create_connection((rendezvous.host, rendezvous.port), min(PROBE_TIMEOUT_S, timeout_s)).close()
             client = TCPStore(
                 rendezvous.host,
                 rendezvous.port,
                 is_master=False,
                 wait_for_workers=False,
-                timeout=timedelta(seconds=slice_s),
+                timeout=timedelta(seconds=min(CONNECT_SLICE_S, timeout_s)),
             )
         except (RuntimeError, OSError) as error:
             if time.monotonic() > deadline:
+                where = f"{rendezvous.host}:{rendezvous.port}"
                 raise ValueError(
                     f"no store answers at {where} within {timeout_s:g} s; is the first node up?"
                 ) from error
+            time.sleep(POLL_S)
             continue
         client.set_timeout(timedelta(seconds=timeout_s))
         return PrefixStore(f"distllm/{rendezvous.job}", client)
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Around calls of a store.
+
+    Raises:
+        ConnectionError: it is gone, and with it whoever serves it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        logger.debug("the store: %s", error)
+        raise ConnectionError("the job's store is gone; has the launcher on the first host ended?") from error
 
 
 def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
@@ -111,11 +132,9 @@ def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
         ConnectionError: the store is gone.
     """
     deadline = time.monotonic() + timeout_s
-    try:
+    with reached():
         while (missing := [key for key in keys if not store.check([key])]) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-    except RuntimeError as error:
-        raise ConnectionError(f"the job's store is gone: {str(error).splitlines()[0]}") from error
     return missing
 
 
@@ -126,14 +145,17 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
         ValueError: a rank did not say in time where it is, or the interface does not exist.
         ConnectionError: the store is gone.
     """
+    with reached():
+        store.set(f"host/{rendezvous.rank}", address.network_id())
     if wish is not None:
         return address.named(wish)
-    store.set(f"host/{rendezvous.rank}", address.network_id())
     keys = [f"host/{rank}" for rank in range(rendezvous.world_size)]
     if missing := wait_for(store, [*keys], timeout_s):
         absent = [int(key.removeprefix("host/")) for key in missing]
         raise ValueError(f"ranks {absent} did not start within {timeout_s:g} s; is the job running on every host?")
-    if len({store.get(key) for key in keys}) == 1:
+    with reached():
+        hosts = {store.get(key) for key in keys}
+    if len(hosts) == 1:
         return address.loopback()
     return address.routing_to(rendezvous.host, rendezvous.port)
 

@@ -23,11 +23,7 @@ _TAG = 1
 
 
 class WireBroken(Exception):
-    """The ring cannot go on; `timed_out` tells a neighbour that is silent from one that is gone."""
-
-    def __init__(self, reason: str, *, timed_out: bool) -> None:
-        super().__init__(reason)
-        self.timed_out = timed_out
+    """The ring cannot go on: a neighbour is silent or gone."""
 
 
 def backend_between(sender: str, receiver: str) -> str:
@@ -72,7 +68,8 @@ class Wire:
         try:
             self._group: Any = ProcessGroupGloo(PrefixStore(f"wire/{epoch}", store), position, size, options)
         except RuntimeError as error:
-            raise _broken(f"the ring of epoch {epoch} did not form", error) from error
+            logger.debug("the ring of epoch %d: %s", epoch, error)
+            raise WireBroken(f"the ring did not form within {deadline_s:g} s") from error
         # Two buffers: one is read while the next frame already comes in.
         self._buffers = deque(torch.empty(receive_bytes, dtype=torch.uint8) for _ in range(2))
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
@@ -93,7 +90,7 @@ class Wire:
             self._buffers.rotate(-1)
             self._expect()
         except RuntimeError as error:
-            raise _broken("receiving from the stage before", error) from error
+            raise _broken("the stage before", error) from error
         return frame
 
     def send(self, frame: torch.Tensor) -> None:
@@ -107,7 +104,7 @@ class Wire:
                 self._sending.popleft()[0].wait()
             self._sending.append((self._group.send([frame], self._after, _TAG), frame))
         except RuntimeError as error:
-            raise _broken("sending to the stage after", error) from error
+            raise _broken("the stage after", error) from error
 
     def flush(self) -> None:
         """Waits until all that was sent has left.
@@ -119,7 +116,7 @@ class Wire:
             while self._sending:
                 self._sending.popleft()[0].wait()
         except RuntimeError as error:
-            raise _broken("sending to the stage after", error) from error
+            raise _broken("the stage after", error) from error
 
     def close(self) -> None:
         """Closes the connections; the neighbours' receives end at once."""
@@ -128,6 +125,7 @@ class Wire:
         self._group = None
 
 
-def _broken(doing: str, error: RuntimeError) -> WireBroken:
-    text = str(error).splitlines()[0]
-    return WireBroken(f"{doing}: {text}", timed_out="timed out" in text.lower() or "timeout" in text.lower())
+def _broken(what: str, error: RuntimeError) -> WireBroken:
+    logger.debug("%s: %s", what, error)
+    silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    return WireBroken(f"{what} {'is silent' if silent else 'has closed its connection'}")

@@ -139,11 +139,6 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def in_flight(self) -> int:
-        """Number of steps."""
-        return len(self._flights)
-
-    @property
     def kv_blocks_used(self) -> int:
         return self._pool.used
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import START_TIMEOUT_S, Job, agent_per_rank, free_port, one_agent
+from conftest import Job, agent_per_rank, free_port, one_agent
 from fakes import tiny_checkpoint
 
 DEADLINE_S = 3
@@ -64,7 +64,7 @@ from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig
 
 cluster = ClusterConfig(threads=1, deadline_s=float(sys.argv[2]))
-with LLM(sys.argv[1], workers=3, cluster=cluster, engine=EngineConfig(max_requests=2)) as llm:
+with LLM(sys.argv[1], workers=4, cluster=cluster, engine=EngineConfig(max_requests=2)) as llm:
     try:
         for piece in llm.stream("hello", SamplingParams(max_tokens=40000, ignore_eos=True)):
             print(piece.text, end="", flush=True)
@@ -75,61 +75,88 @@ with LLM(sys.argv[1], workers=3, cluster=cluster, engine=EngineConfig(max_reques
 
 
 @pytest.mark.parametrize(("sign", "within_s"), [(signal.SIGKILL, END_S), (signal.SIGSTOP, END_S + DEADLINE_S)])
-def test_a_lost_worker_of_the_library_raises_its_name(
+def test_lost_workers_of_the_library_are_all_named(
     start: Start, endless: Path, sign: signal.Signals, within_s: float
 ) -> None:
     job = start([[sys.executable, "-c", SCRIPT, str(endless), str(DEADLINE_S)]])
     job.wait_for_text()
     workers = psutil.Process(job.launchers[0].pid).children()
     job.seen |= {worker.pid: worker for worker in workers}
-    victim = next(worker for worker in workers if "--rank=2" in worker.cmdline())
-    strike(victim, sign)
+    victims = [worker for worker in workers if not {"--rank=1", "--rank=3"}.isdisjoint(worker.cmdline())]
+    for victim in victims:
+        strike(victim, sign)
     assert job.wait(within_s) == [7]
-    sentence = job.err.read_text()
-    assert re.search(rf"rank 2 \(host \S+, pid {victim.pid}\) is lost", sentence), sentence
-    assert ("killed by SIGKILL" in sentence) == (sign == signal.SIGKILL), sentence
+    sentences = job.err.read_text().split(";")
+    reason = "killed by SIGKILL" if sign == signal.SIGKILL else "it does not answer, so the master killed it"
+    for rank, victim in zip((1, 3), victims, strict=True):
+        named = rf"rank {rank} \(host \S+, pid {victim.pid}\) is lost: {reason}"
+        assert [each for each in sentences if re.search(named, each)], sentences
     assert not job.alive()
 
 
 FAULTY_RANK = """
-import sys, time
+import os, signal, sys, time
 from distllm.config import ClusterConfig
+from distllm.engine import worker
 from distllm.llm import serve_here
 from distllm.model.runner import Runner
+from distllm.net.node import Node
 
-run = Runner.run
+PLACES = {
+    "load": (worker, "load", lambda *_, **__: True),
+    "join": (Node, "wire", lambda *_, **__: True),
+    "timing": (Runner, "run", lambda self, step, hidden: step.id < 0),
+    "step": (Runner, "run", lambda self, step, hidden: step.id == 5),
+}
 
-def faulty(self, step, hidden):
-    if step.id == 5:
-        print("the fault happens", file=sys.stderr, flush=True)
-        FAULT
-    return run(self, step, hidden)
+def fault(kind):
+    print("the fault happens", file=sys.stderr, flush=True)
+    if kind == "raise":
+        raise RuntimeError("no such kernel")
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1000)
 
-Runner.run = faulty
+def spoil(kind, place):
+    owner, name, strikes = PLACES[place]
+    real = getattr(owner, name)
+    def faulty(*args, **named):
+        if strikes(*args, **named):
+            fault(kind)
+        return real(*args, **named)
+    setattr(owner, name, faulty)
+
+spoil(*sys.argv[2:])
 sys.exit(serve_here(ClusterConfig(deadline_s=float(sys.argv[1]))))
 """
 
 
 @pytest.mark.parametrize(
-    ("fault", "verdict", "within_s"),
+    ("kind", "place", "verdict"),
     [
-        ("raise RuntimeError('no such kernel')", "failed at step 5: RuntimeError: no such kernel", END_S),
-        ("time.sleep(1000)", r"hangs in step 5 for \d+ s; the last step it finished is 4", END_S + DEADLINE_S),
+        ("raise", "load", ": RuntimeError: no such kernel"),
+        ("hang", "load", r" stands still while loading for \d s"),
+        ("die", "load", " is lost: its connection is closed"),
+        ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
+        ("hang", "join", r" hangs in the forming of the ring for \d s; it finished no step of a request"),
+        ("die", "join", " is lost: its connection is closed; it finished no step of a request"),
+        ("hang", "timing", r" hangs in a step that times the stages for \d s; it finished no step of a request"),
+        ("die", "timing", " is lost: its connection is closed; it finished no step of a request"),
+        ("raise", "step", " failed in step 5: RuntimeError: no such kernel"),
+        ("hang", "step", r" hangs in step 5 for \d s; the last step it finished is 4"),
     ],
 )
-def test_a_fault_within_a_step_is_told(start: Start, endless: Path, fault: str, verdict: str, within_s: float) -> None:
+def test_a_fault_is_told_wherever_it_strikes(start: Start, endless: Path, kind: str, place: str, verdict: str) -> None:
     launcher = ["WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
-    rank0 = [sys.executable, "-m", "distllm.run", *words(endless), "plan.calibrate=false"]
-    rank1 = [sys.executable, "-c", FAULTY_RANK.replace("FAULT", fault), str(DEADLINE_S)]
+    options = [f"plan.calibrate={'true' if place == 'timing' else 'false'}", f"cluster.load_timeout_s={DEADLINE_S}"]
+    rank0 = [sys.executable, "-m", "distllm.run", *words(endless), *options]
+    rank1 = [sys.executable, "-c", FAULTY_RANK, str(DEADLINE_S), kind, place]
     job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((rank0, rank1))])
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while "the fault happens" not in job.err.read_text():
-        assert time.monotonic() < deadline, job.err.read_text()
-        time.sleep(0.05)
+    job.wait_for_error("the fault happens")
     began = time.monotonic()
-    assert all(job.wait(within_s)), f"over after {time.monotonic() - began:.1f} s"
+    assert all(job.wait(END_S + DEADLINE_S)), f"over after {time.monotonic() - began:.1f} s"
     (sentence,) = job.errors()
-    assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\) {verdict}", sentence), sentence
+    assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}", sentence), sentence
 
 
 def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:
@@ -140,19 +167,30 @@ def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:
     assert not job.alive()
 
 
+def test_a_killed_launcher_leaves_no_rank(start: Start, endless: Path) -> None:
+    job = start(one_agent(2, *words(endless)))
+    job.wait_for_text()
+    assert len(job.ranks()) == 2
+    strike(psutil.Process(job.launchers[0].pid), signal.SIGKILL)
+    _, left = psutil.wait_procs(job.seen.values(), timeout=END_S)
+    assert not left
+    assert "Traceback" not in job.err.read_text()
+
+
 def test_workers_end_with_the_program_that_started_them(start: Start, endless: Path) -> None:
     job = start([[sys.executable, "-c", SCRIPT, str(endless), str(DEADLINE_S)]])
     job.wait_for_text()
     workers = psutil.Process(job.launchers[0].pid).children()
-    assert len(workers) == 2
+    assert len(workers) == 3
     strike(psutil.Process(job.launchers[0].pid), signal.SIGKILL)
     _, left = psutil.wait_procs(workers, timeout=END_S)
     assert not left
 
 
-def test_ctrl_c_ends_every_rank(start: Start, endless: Path) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_ctrl_c_ends_every_rank(start: Start, endless: Path, early: bool) -> None:
     job = start(one_agent(2, *words(endless)))
-    job.wait_for_text()
+    job.wait_for_error("holds layers") if early else job.wait_for_text()
     ranks = job.ranks()
     # A terminal sends it to everybody in the foreground.
     for process in (*ranks.values(), psutil.Process(job.launchers[0].pid)):
