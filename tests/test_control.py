@@ -26,7 +26,11 @@ class Echo:
         time.sleep(30)
 
 rank, port = int(sys.argv[1]), int(sys.argv[2])
-node = Node(Rendezvous(rank=rank, world_size=9, host="127.0.0.1", port=port, job="t", one_host=True), None, 20.0)
+try:
+    node = Node(Rendezvous(rank=rank, world_size=9, host="127.0.0.1", port=port, job="t", one_host=True), None, 8.0)
+except ConnectionError as error:
+    print(error, flush=True)
+    sys.exit(1)
 control.expose("echo", Echo())
 print(node.identity.name, node.identity.id, flush=True)
 sys.stdin.readline()
@@ -116,6 +120,9 @@ def test_the_group_lives_through_deaths(port: int) -> None:
             os.kill(peer.popen.pid, signal.SIGKILL)
             assert peer.popen.wait(10) == -signal.SIGKILL
             assert master.say(f"echo {agent}") == "lost its connection is closed False"
+            if round_ == 1:
+                processes.append(late := Process(PEER, 9, port))
+                assert late.hear() == "cannot join the other ranks within 8 s; has one died?"
             assert master.say(f"bury {name} all") == "ok"
     finally:
         _end(processes)

@@ -140,6 +140,8 @@ def test_step_counts_the_tokens_of_its_rows() -> None:
         for i, (start, tokens) in enumerate([(0, (5, 6, 7)), (9, (1,))])
     )
     assert (Step(1, rows).tokens, Step(2).tokens) == (4, 0)
+    assert (Step(1, rows).has_prompt, Step(1, rows[1:]).has_prompt, Step(2).has_prompt) == (True, False, False)
+    assert Step(1, (dataclasses.replace(rows[1], samples=False),)).has_prompt
     assert [row.stop for row in rows] == [3, 10]
 
 

@@ -44,8 +44,12 @@ class Run:
 
 
 def run(command: Sequence[str], folder: Path, *, stdin: str = "", **environ: str) -> Run:
+    return run_python(["-m", *command], folder, stdin=stdin, **environ)
+
+
+def run_python(command: Sequence[str], folder: Path, *, stdin: str = "", **environ: str) -> Run:
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, *command],
         cwd=folder,
         env=os.environ | environ,
         input=stdin.encode(),
@@ -158,6 +162,45 @@ def test_a_job_that_cannot_run_says_why_in_one_sentence(checkpoint: Path, words:
         assert re.match(f"distllm: error: {sentence}", said[0]), said
         assert "Traceback" not in done.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_can_be_said_before_loading_is(words: list[str], tmp_path: Path) -> None:
+    """Nothing fits, which a plan would find out; the prompts are looked at before there is one."""
+    (tmp_path / "in.jsonl").write_text("nonsense\n" + json.dumps({"prompt": "x" * 600}))
+    nothing_fits = [*words, "plan.memory_fraction=0.00001"]
+    done = run(distllm(*nothing_fits, "prompts=in.jsonl", "output=out.jsonl"), tmp_path)
+    assert done.code == 1
+    assert [re.sub(r":.*", "", each.removeprefix("distllm: error: ")) for each in done.errors] == ["line 1", "line 2"]
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    fits = run(distllm(*nothing_fits, "prompt=hello"), tmp_path)
+    assert "does not fit" in fits.err
+
+
+LATE = """
+import signal, sys, time
+from distllm import run
+from distllm.core import EngineError
+
+def lose_a_rank(config):
+    signal.raise_signal(signal.SIGTERM)
+    try:
+        EFFECT
+    finally:
+        time.sleep(30)
+
+run.VERDICT_S = 0.2
+run._run = lose_a_rank
+run.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("effect", "code", "sentence"),
+    [("raise EngineError('rank 1 is lost')", 1, "rank 1 is lost"), ("pass", 143, "ended by SIGTERM")],
+)
+def test_a_launchers_end_does_not_hide_the_verdict(effect: str, code: int, sentence: str, tmp_path: Path) -> None:
+    done = run_python(["-c", LATE.replace("EFFECT", effect)], tmp_path, WORLD_SIZE="2")
+    assert (done.code, done.out, done.err) == (code, "", f"distllm: error: {sentence}\n")
 
 
 def left_over(mark: str) -> list[str]:

@@ -70,18 +70,24 @@ class Agent:
             )
         except RuntimeError as error:  # it calls every member that is listed, the dead ones too
             logger.debug("joining the group: %s", error)
+            self._strike_off(self.identity)
             raise ConnectionError(f"cannot join the other ranks within {timeout_s:g} s; has one died?") from error
 
     def bury(self, dead: Sequence[AgentId]) -> None:
         """Forgets members that are gone, in this process and in the group's store, so that others can join."""
         for each in dead:
-            listed = self._store.get(_MEMBERS).decode()
-            self._store.set(_MEMBERS, listed.replace(f"{each.name}-{each.id},", ""))
-            self._store.delete_key(f"names/{each.id}")
-            self._store.delete_key(f"addrs/{each.name}")
-            if each.name in self._store.get(_TOKEN).decode():
-                self._store.set(_TOKEN, "")
+            self._strike_off(each)
             bury_here(each)
+
+    def _strike_off(self, member: AgentId) -> None:
+        listed = self._store.get(_MEMBERS).decode()
+        self._store.set(_MEMBERS, listed.replace(f"{member.name}-{member.id},", ""))
+        self._store.delete_key(f"names/{member.id}")
+        self._store.delete_key(f"addrs/{member.name}")
+        held = self._store.get(_TOKEN).decode()
+        if member.name in held:  # it ended in the middle of joining or leaving; others wait for both of these
+            self._store.set(_TOKEN, "")
+            self._store.set(held, "Done")
 
 
 def bury_here(dead: AgentId) -> None:

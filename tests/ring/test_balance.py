@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from fakes import tiny_checkpoint
+from torch import Tensor
 
-from distllm import LLM, SamplingParams
+from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
-from distllm.engine import job
+from distllm.core import Step
+from distllm.engine import job, pace
 from distllm.engine.calibrate import Timing, time_stages
 from distllm.engine.pipeline import Pipeline
+from distllm.model.runner import Result, Runner
 
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True)
 PROMPTS = ["abc", "a longer prompt", "z"]
@@ -58,6 +62,28 @@ def test_stages_are_timed_in_little_room(tmp_path: Path, steps_in_flight: int) -
     with LLM(folder, cluster=ClusterConfig(workers=2, threads=1), engine=engine) as llm:
         assert len(llm.generate("abc", PARAMS)[0].token_ids) == 12
     assert not psutil.Process().children()
+
+
+def test_slow_ranks_get_short_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk as configured would take twice the deadline; the same ring breaks if it starts with one."""
+    run = Runner.run
+
+    def slow_run(self: Runner, step: Step, hidden: Tensor | None) -> Result:
+        time.sleep(0.01 * step.tokens)
+        return run(self, step, hidden)
+
+    folder = tiny_checkpoint(tmp_path, "llama")
+    cluster, plan = ClusterConfig(workers=2, threads=1, deadline_s=2), PlanConfig(calibrate=False)
+    prompt = list(range(200)) * 2
+    with LLM(folder, cluster=ClusterConfig(threads=1)) as llm:
+        wanted = llm.generate([prompt], PARAMS)
+    monkeypatch.setattr(Runner, "run", slow_run)
+    with LLM(folder, cluster=cluster, plan=plan, engine=EngineConfig(prompt_chunk=400)) as llm:
+        assert llm.generate([prompt], PARAMS)[0].token_ids == wanted[0].token_ids
+    monkeypatch.setattr(pace, "FIRST_CHUNK", 400)
+    llm = LLM(folder, cluster=cluster, plan=plan, engine=EngineConfig(prompt_chunk=400))
+    with llm, pytest.raises(EngineError):
+        llm.generate([prompt], PARAMS)
 
 
 def test_more_steps_in_flight_than_the_ring_holds_do_not_stand_still(tmp_path: Path) -> None:

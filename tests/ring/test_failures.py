@@ -17,6 +17,10 @@ import pytest
 from conftest import Job, agent_per_rank, free_port, one_agent
 from fakes import tiny_checkpoint
 
+from distllm import LLM, EngineError, SamplingParams
+from distllm.config import ClusterConfig
+from distllm.engine.pipeline import Pipeline
+
 DEADLINE_S = 3
 END_S = 10.0
 
@@ -159,6 +163,20 @@ def test_a_fault_is_told_wherever_it_strikes(start: Start, endless: Path, kind: 
     assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}", sentence), sentence
 
 
+def test_a_verdict_that_fails_still_ends_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def verdict(*_: object) -> EngineError:
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(Pipeline, "verdict", verdict)
+    with LLM(tiny_checkpoint(tmp_path), cluster=ClusterConfig(workers=2, threads=1)) as llm:
+        stream = llm.stream("hello", SamplingParams(max_tokens=400, ignore_eos=True))
+        next(stream)
+        (worker,) = psutil.Process().children()
+        strike(worker, signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"^rank 0 failed: RuntimeError: no idea$"):
+            list(stream)
+
+
 def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:
     job = start(agent_per_rank(2, *words(endless)))
     job.wait_for_text()
@@ -209,6 +227,31 @@ def test_a_worker_that_dies_while_it_starts_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "rank 1 exited with code 1 before it registered\n"
+
+
+ONE_AT_A_TIME = """
+import sys
+from distllm import LLM, SamplingParams
+
+short = SamplingParams(max_tokens=3, ignore_eos=True)
+with LLM(sys.argv[1]) as llm:
+    try:
+        LLM(sys.argv[1])
+    except ValueError as error:
+        print(error)
+    print(len(llm.generate("hello", short)[0].token_ids))
+with LLM(sys.argv[1]) as llm:
+    print(len(llm.generate("hello", short)[0].token_ids))
+"""
+
+
+def test_the_ranks_of_a_launcher_serve_one_model_at_a_time(start: Start, endless: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(ONE_AT_A_TIME)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}", "--nproc-per-node=2"]
+    job = start([[*torchrun, str(tmp_path / "script.py"), str(endless)]])
+    assert job.wait(60) == [0], job.err.read_text()
+    refusal = "an LLM of this process has its ranks open; close it before another one is opened"
+    assert job.out.read_text().splitlines() == [refusal, "3", "3"]
 
 
 def test_more_ranks_than_parts_is_legal_and_told(start: Start, tmp_path: Path) -> None:

@@ -78,6 +78,19 @@ def test_a_second_model_in_one_process(tmp_path: Path) -> None:
             assert (answer == wanted) == same
 
 
+def test_ranks_serve_one_model_at_a_time(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    short = SamplingParams(max_tokens=3, ignore_eos=True)
+    with opened(folder, 2) as llm:
+        with pytest.raises(ValueError, match="close it before another one is opened"):
+            opened(folder, 2)
+        with opened(folder, 1) as alone:
+            assert len(alone.generate("hello", short)[0].token_ids) == 3
+        assert len(llm.generate("hello", short)[0].token_ids) == 3
+    with opened(folder, 2) as llm:
+        assert len(llm.generate("hello", short)[0].token_ids) == 3
+
+
 @pytest.mark.parametrize("prompt", ["", []])
 def test_an_empty_prompt_is_refused(tmp_path: Path, prompt: str | list[int]) -> None:
     with opened(tiny_checkpoint(tmp_path / "model"), 1) as llm, pytest.raises(ValueError, match="prompt 0 is empty"):
