@@ -41,6 +41,20 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 12.0, "head_dim": None}),
     "gpt2": ("GPT2Config", {}),
+    # Turned by other factors beyond its first 128 positions.
+    "phi3_longrope": (
+        "Phi3Config",
+        {
+            "original_max_position_embeddings": 128,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [4.0] * 8,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
 }
 
 

@@ -48,7 +48,7 @@ def test_parts_are_found(kind: str) -> None:
     assert (anatomy.embed, anatomy.layers, anatomy.norm) == parts
     assert anatomy.positions == ("wpe" if kind == "gpt2" else None)
     assert anatomy.input_scale == ("embedding_multiplier" if kind == "granite" else None)
-    assert anatomy.context_length == CONTEXT
+    assert anatomy.context_length == (128 if kind == "phi3_longrope" else CONTEXT)
     groups = 4 if kind == "gpt2" else 2
     assert [layer.shape for layer in anatomy.attention] == [KVShape(groups, 16, 16)] * 5
     check_passes_through(config, anatomy)
@@ -177,23 +177,5 @@ def test_weights_outside_of_the_known_parts_are_noticed(monkeypatch: pytest.Monk
 
 
 def test_longrope_keeps_to_the_context_in_which_rows_do_not_see_each_other() -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [4.0] * 8,
-        "original_max_position_embeddings": 64,
-    }
-    config = transformers.Phi3Config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=320,
-        max_position_embeddings=512,
-        original_max_position_embeddings=64,
-        rope_parameters=rope,
-        pad_token_id=0,
-    )
-    assert families.inspect(config).context_length == 64
+    config = tiny_config("phi3_longrope")
+    assert (config.max_position_embeddings, families.inspect(config).context_length) == (512, 128)
