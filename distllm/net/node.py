@@ -39,7 +39,6 @@ class Node:
             if rendezvous.one_host
             else store.choose_interface(rendezvous, self.store, interface, join_timeout_s)
         )
-        self._wire_store = store.connect(rendezvous, CONNECT_TIMEOUT_S)
         name = f"rank{rendezvous.rank}_{self.life}"
         self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, join_timeout_s)
 
@@ -87,7 +86,7 @@ class Node:
             WireBroken: it did not form within the deadline.
         """
         return Wire(
-            self._wire_store,
+            self.store,
             epoch,
             self.interface,
             position=position,
