@@ -226,7 +226,7 @@ def test_an_index_that_looks_for_a_tensor_in_the_wrong_file(shards: Path) -> Non
     assert f"{shards / wrong}: has no tensor model.norm.weight, but {INDEX} says so" in sentence
 
 
-@pytest.mark.parametrize("outside", ["../single/model.safetensors", "/etc/passwd", "sub/model.safetensors"])
+@pytest.mark.parametrize("outside", ["../single/model.safetensors", "/etc/passwd", "sub/model.safetensors", "", ".."])
 def test_an_index_that_leads_out_of_the_folder(shards: Path, single: Path, outside: str) -> None:
     shutil.copytree(single, shards.parent / "single")
     change_index(shards, lambda weight_map: weight_map.update({"model.norm.weight": outside}))
@@ -248,6 +248,8 @@ def test_an_index_without_a_map(shards: Path, index: dict[str, object]) -> None:
         (b"", "cannot be read as JSON"),
         (b"\xff\xfe{}", "cannot be read as JSON"),
         (b"[1, 2]", "should hold a JSON object"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read as JSON"),
     ],
 )
 def test_files_that_should_be_json(folder: Path, name: str, content: bytes, complaint: str) -> None:
@@ -274,6 +276,75 @@ def test_a_configuration_with_values_of_the_wrong_type(folder: Path) -> None:
     sentence = refusal(folder)
     assert str(folder / "config.json") in sentence
     assert "'hidden_size' expected int" in sentence
+
+
+def change_config(folder: Path, change: dict[str, object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "least"),
+    [
+        ("num_attention_heads", 0, 1),
+        ("num_key_value_heads", 0, 1),
+        ("num_hidden_layers", 0, 1),
+        ("hidden_size", -64, 1),
+        ("vocab_size", 0, 1),
+        ("head_dim", 0, 1),
+        ("intermediate_size", -1, 0),
+        ("max_position_embeddings", -1, 0),
+    ],
+)
+def test_sizes_that_are_too_small(folder: Path, key: str, value: int, least: int) -> None:
+    change_config(folder, {key: value})
+    assert refusal(folder) == f"{folder / 'config.json'}: {key} is {value}: it must be at least {least}"
+
+
+def test_a_size_within_a_text_config_that_is_too_small(folder: Path) -> None:
+    change_config(folder, {"model_type": "llava", "text_config": {"model_type": "llama", "num_attention_heads": 0}})
+    assert "num_attention_heads is 0: it must be at least 1" in refusal(folder)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["float31", "nn", "auto", 3, ["float32"]])
+def test_a_dtype_that_is_none(folder: Path, key: str, value: object) -> None:
+    change_config(folder, {"dtype": None, key: value})
+    wanted = f"{folder / 'config.json'}: {key} is {value!r}: it must be bfloat16, float16 or float32"
+    assert refusal(folder) == wanted
+
+
+@pytest.mark.parametrize("name", ["int8", "complex64", "float8_e4m3fn"])
+def test_a_dtype_that_no_model_runs_in(folder: Path, name: str) -> None:
+    change_config(folder, {"dtype": name})
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(ValueError, match=f"config.json: dtype is {name}, .* say model.dtype=bfloat16"):
+        checkpoint.dtype("auto")
+    assert checkpoint.dtype("bfloat16") == torch.bfloat16
+
+
+@pytest.mark.parametrize("text", ["x", {"model_type": "llama"}])
+def test_a_text_config_that_is_none(folder: Path, text: object) -> None:
+    change_config(folder, {"text_config": text})
+    assert f"{folder / 'config.json'}: text_config of a llama model cannot be read" in refusal(folder)
+
+
+@pytest.mark.parametrize("method", ["fp8", ["fp8"]])
+def test_values_that_transformers_stumbles_over(folder: Path, method: object) -> None:
+    change_config(folder, {"quantization_config": method})
+    assert f"{folder / 'config.json'}: transformers does not know this model: " in refusal(folder)
+
+
+def test_more_layers_than_tensors_are_not_looked_through(folder: Path) -> None:
+    change_config(folder, {"num_hidden_layers": 10**6})
+    assert f"num_hidden_layers is 1000000, but the files hold {len(load_file(folder / SINGLE))} tensors" in refusal(
+        folder
+    )
+
+
+def test_a_path_that_is_too_long() -> None:
+    assert "model.path=aaa" in (sentence := refusal("a" * 5000))
+    assert "File name too long" in sentence
 
 
 def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:

@@ -142,6 +142,29 @@ def test_a_configuration_that_contradicts_itself() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        ("mixtral", {"num_local_experts": -1}, "negative dimension -1"),
+        ("gpt2", {"activation_function": "nonesuch"}, "'nonesuch' is unknown"),
+        ("llama", {"hidden_size": 2**62}, "overflowed"),
+        ("llama", {"num_key_value_heads": 0}, "by zero"),
+        ("llama", {"vocab_size": 2**63, "pad_token_id": None}, "Overflow"),
+    ],
+)
+def test_a_configuration_that_cannot_be_built(kind: str, change: dict[str, object], reason: str) -> None:
+    sentence = refusal(tiny_config(kind, **change))
+    assert sentence.startswith(f"{kind} is not a causal language model that transformers can build")
+    assert reason in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_that_holds_nothing(window: int) -> None:
+    sentence = refusal(tiny_config("gemma3_text", sliding_window=window))
+    assert sentence == f"gemma3_text: layer 0 has a sliding window of {window}: it must be at least 1"
+
+
 def test_attention_that_looks_both_ways() -> None:
     sentence = refusal(tiny_config("gemma3_text", use_bidirectional_attention=True))
     assert "gemma3_text" in sentence

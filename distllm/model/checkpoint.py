@@ -25,6 +25,11 @@ INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 
+# Least values of config.json by key; what transformers makes of smaller ones is no model, or no sentence.
+LEAST = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
+LEAST |= dict.fromkeys(("head_dim", "vocab_size", "n_embd", "n_layer", "n_head"), 1)
+LEAST |= dict.fromkeys(("intermediate_size", "max_position_embeddings", "n_positions"), 0)
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -48,37 +53,62 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self.tensors: Mapping[str, TensorInfo] = _read_headers(self.path)
+        try:
+            self.tensors: Mapping[str, TensorInfo] = _read_headers(self.path)
+        except OSError as error:  # a folder of somebody else's, or a name that is too long
+            raise ValueError(f"model.path={self.path}: {error.strerror} ({error.filename})") from error
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PretrainedConfig
 
-        read_json(self.path / "config.json")
+        path = self.path / "config.json"
+        _check_values(path, read_json(path))
         try:
             config = AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-            raise ValueError(
-                f"{self.path / 'config.json'}: transformers does not know this model: {_first_line(error)}"
-            ) from error
+        except Exception as error:  # whatever transformers computes with a strange value may raise anything
+            raise ValueError(f"{path}: transformers does not know this model: {first_line(error)}") from error
         if method := getattr(config, "quantization_config", None):
             kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
             raise ValueError(
-                f"{self.path / 'config.json'}: the weights are quantized ({kind}), which distllm cannot read yet; "
+                f"{path}: the weights are quantized ({kind}), which distllm cannot read yet; "
                 "give the checkpoint in bfloat16, float16 or float32"
             )
-        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        if not isinstance(text, PretrainedConfig):
+            raise ValueError(f"{path}: text_config of a {config.model_type} model cannot be read; fetch it again")
+        self._check_layers(text)
+        return text
+
+    def _check_layers(self, config: PretrainedConfig) -> None:
+        """A model of very many layers takes minutes to be looked through, so these are held against the headers."""
+        layers = getattr(config, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > len(self.tensors):
+            raise ValueError(
+                f"{self.path / 'config.json'}: num_hidden_layers is {layers}, "
+                f"but the files hold {len(self.tensors)} tensors in all; is the checkpoint whole?"
+            )
 
     def dtype(self, wish: str) -> torch.dtype:
-        """The dtype to hold weights in: `auto` is the checkpoint's own."""
+        """The dtype to hold weights in: `auto` is the checkpoint's own.
+
+        Raises:
+            ValueError: the checkpoint's own is none that a model can run in.
+        """
         import torch
 
         if wish != "auto":
             chosen: torch.dtype = getattr(torch, wish)
             return chosen
         declared = getattr(self.config, "dtype", None)
-        return declared if isinstance(declared, torch.dtype) else torch.float32
+        if not isinstance(declared, torch.dtype):
+            return torch.float32
+        if not declared.is_floating_point or declared.itemsize == 1:
+            name = str(declared).removeprefix("torch.")
+            raise ValueError(
+                f"{self.path / 'config.json'}: dtype is {name}, which no model runs in; say model.dtype=bfloat16"
+            )
+        return declared
 
     @property
     def fingerprint(self) -> str:
@@ -100,11 +130,28 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: no such file; a checkpoint folder needs config.json, a tokenizer and {SINGLE}"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: should hold a JSON object")
     return found
+
+
+def _check_values(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuses what transformers would stumble over without saying which key it is."""
+    import torch
+
+    for key, least in LEAST.items():
+        value = values.get(key)
+        if type(value) is int and value < least:
+            raise ValueError(f"{path}: {key} is {value}: it must be at least {least}")
+    for key in ("dtype", "torch_dtype"):
+        name = values.get(key)
+        by_part = name is None or isinstance(name, dict)
+        if not by_part and not isinstance(getattr(torch, str(name), None), torch.dtype):
+            raise ValueError(f"{path}: {key} is {name!r}: it must be bfloat16, float16 or float32")
+    if isinstance(text := values.get("text_config"), dict):
+        _check_values(path, text)
 
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -129,7 +176,7 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
         raise ValueError(f"{folder / INDEX}: has no weight_map from tensor names to files")
     found: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
+        if Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{folder / INDEX}: names the file {file!r}, which is outside of the folder")
         if not (folder / file).exists():
             raise ValueError(f"{folder / file}: no such file, but {INDEX} names it; fetch it again")
@@ -164,7 +211,10 @@ def _other_weights(folder: Path) -> str:
     return f" (it has {names[0]}, which distllm does not read)" if names else "; is this the folder of the model?"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What another library says of an error, without its remarks on where and how."""
     lines = str(error).strip().split("\n")
     first = " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")])
+    if isinstance(error, KeyError) and " " not in first:
+        return f"{first} is unknown"
     return first or type(error).__name__

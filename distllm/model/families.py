@@ -6,7 +6,7 @@ Everything is asked of transformers itself; the tables below hold only what it d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from distllm.model.attention import ATTENTION, AttentionKind, AttentionRecorder
+from distllm.model.checkpoint import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -88,8 +89,11 @@ def inspect(config: PretrainedConfig) -> Anatomy:
     with torch.device("meta"):
         try:
             model = build(config, torch.bfloat16)  # some kernels know no other type on the meta device
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise ValueError(f"{kind} is not a causal language model that transformers can build: {error}") from error
+        except Exception as error:  # whatever transformers computes with a strange size may raise anything
+            raise ValueError(
+                f"{kind} is not a causal language model that transformers can build from its config.json: "
+                f"{first_line(error)}"
+            ) from error
     embed, layers, norm = _parts(model.base_model, kind)
     return Anatomy(
         embed=embed,
@@ -136,8 +140,8 @@ def _attention_of_layers(model: PreTrainedModel, layers: str) -> tuple[Attention
     hidden_11D = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
     try:
         model(inputs_embeds=hidden_11D, position_ids=place_11, use_cache=False)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
-        raise ValueError(f"{kind} does not run one token at a time through its layers: {error}") from error
+    except (TypeError, RuntimeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{kind} does not run one token at a time through its layers: {first_line(error)}") from error
     count = len(model.base_model.get_submodule(layers))
     missing = [index for index in range(count) if index not in recorder.kinds]
     if missing:
@@ -145,10 +149,16 @@ def _attention_of_layers(model: PreTrainedModel, layers: str) -> tuple[Attention
             f"{kind}: layer {missing[0]} does not use transformers' attention interface "
             "(ALiBi, recurrent or linear attention); its state cannot be kept by distllm"
         )
-    types = getattr(model.config, "layer_types", None) or ()
-    for index, layer_type in enumerate(types[:count]):
-        if layer_type == "sliding_attention" and recorder.kinds[index].window is None:
+    found = tuple(recorder.kinds[index] for index in range(count))
+    _check_windows(kind, found, getattr(model.config, "layer_types", None) or ())
+    return found
+
+
+def _check_windows(kind: str, layers: tuple[AttentionKind, ...], types: Sequence[str]) -> None:
+    for index, layer in enumerate(layers):
+        if layer.window is not None and layer.window < 1:
+            raise ValueError(f"{kind}: layer {index} has a sliding window of {layer.window}: it must be at least 1")
+        if types[index : index + 1] == ["sliding_attention"] and layer.window is None:
             raise ValueError(
                 f"{kind}: layer {index} has a sliding window only in its mask, which distllm does not make"
             )
-    return tuple(recorder.kinds[index] for index in range(count))
