@@ -304,22 +304,58 @@ def test_many_missing_tensors_are_counted(folder_of: Callable[[str], Path], tmp_
         blueprint(folder)
 
 
-@pytest.mark.parametrize("which", ["w1", "w2"])
-def test_a_missing_kind_of_expert_is_noticed(which: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    gone = {
-        name: None for name in stored(folder_of("mixtral")) if "layers.1." in name and name.endswith(f"{which}.weight")
-    }
-    assert len(gone) == 4
+def expert(layer: int, number: int, which: str) -> str:
+    return f"model.layers.{layer}.block_sparse_moe.experts.{number}.{which}.weight"
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the callers look at the sentence
+        blueprint(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("which", "complaint"),
+    [
+        ("w1", f"no tensor {expert(1, 0, 'w1')} and 3 more; is the checkpoint whole?"),
+        ("w2", "no tensor for model.layers.1.mlp.experts.down_proj; is the checkpoint whole?"),
+    ],
+)
+def test_a_missing_kind_of_expert_is_named(
+    which: str, complaint: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    gone = {expert(1, number, which): None for number in range(4)}
     folder = as_one_file(folder_of("mixtral"), tmp_path / "less", **gone)
-    with pytest.raises(ValueError, match=r"layers\.1"):
-        loaded(blueprint(folder), WHOLE)
+    assert refusal(folder) == f"{folder}: {complaint}"
 
 
-def test_one_missing_expert_is_noticed(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+@pytest.mark.parametrize("which", ["w1", "w2", "w3"])
+@pytest.mark.parametrize(("layer", "number"), [(0, 0), (1, 2), (4, 3)])
+def test_a_missing_expert_is_named(
+    layer: int, number: int, which: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name = expert(layer, number, which)
     folder = as_one_file(folder_of("mixtral"), tmp_path / "less", **{name: None})
-    with pytest.raises(ValueError, match=r"layers\.1"):
-        loaded(blueprint(folder), WHOLE)
+    assert refusal(folder) == f"{folder}: no tensor {name}; is the checkpoint whole?"
+
+
+def test_an_expert_that_all_layers_lack(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    gone = {expert(layer, 3, which): None for layer in range(5) for which in ("w1", "w3")}
+    folder = as_one_file(folder_of("mixtral"), tmp_path / "less", **gone)
+    sentence = refusal(folder)
+    assert sentence.startswith(f"{folder / SINGLE}: model.layers.0.block_sparse_moe.experts.0.w")
+    assert "make model.layers.0.mlp.experts.gate_up_proj of shape (3, 256, 64)" in sentence
+    assert sentence.endswith("but config.json asks for (4, 256, 64)")
+
+
+def test_experts_that_do_not_go_together(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    changes = {expert(layer, 0, "w1"): torch.zeros(128, 60) for layer in range(5)}
+    changes |= {expert(layer, 1, "w1"): torch.zeros(128, 60) for layer in range(5)}
+    folder = as_one_file(folder_of("mixtral"), tmp_path / "odd", **changes)
+    sentence = refusal(folder)
+    assert sentence.startswith(f"{folder / SINGLE}: ")
+    assert "experts." in sentence
+    assert "\n" not in sentence
 
 
 def test_a_wrong_shape_is_named_with_its_file(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
@@ -331,11 +367,33 @@ def test_a_wrong_shape_is_named_with_its_file(folder_of: Callable[[str], Path], 
     assert str(error.value) == wanted
 
 
-def test_a_wrong_shape_of_an_expert_is_noticed(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
-    folder = as_one_file(folder_of("mixtral"), tmp_path / "odd", **{name: torch.zeros(64, 100)})
-    with pytest.raises(ValueError, match=r"layers\.1"):
-        loaded(blueprint(folder), WHOLE)
+@pytest.mark.parametrize("numbers", [(2,), (0, 1, 2, 3)], ids=["one", "all of a layer"])
+def test_a_wrong_shape_of_an_expert_is_named(
+    numbers: tuple[int, ...], folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    changes = {expert(1, number, "w2"): torch.zeros(64, 100) for number in numbers}
+    folder = as_one_file(folder_of("mixtral"), tmp_path / "odd", **changes)
+    where = f"{folder / SINGLE}: tensor {expert(1, numbers[0], 'w2')}"
+    assert refusal(folder) == f"{where} has shape (64, 100), but most of its kind have (64, 128)"
+
+
+def test_experts_of_another_size_than_the_configuration_says(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder_of("mixtral"), tmp_path / "other"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    name = expert(0, 0, "w2")
+    file = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    made = "model.layers.0.mlp.experts.down_proj of shape (4, 64, 128), but config.json asks for (4, 64, 96)"
+    assert refusal(folder) == f"{folder / file}: {name} and 3 more tensors make {made}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("llama", "model.layers.3.mlp.up_proj.weight"), ("mixtral", expert(1, 2, "w2"))]
+)
+def test_whole_numbers_are_no_weights(kind: str, name: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = stored(folder_of(kind))[name].to(torch.int8)
+    folder = as_one_file(folder_of(kind), tmp_path / "int8", **{name: whole})
+    assert f"{folder / SINGLE}: tensor {name} holds numbers of type I8: quantized weights" in refusal(folder)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "replaced"])

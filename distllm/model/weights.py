@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from distllm.core import ModelSizes
-from distllm.model import families
+from distllm.model import conversion, families
 from distllm.model.checkpoint import Checkpoint, TensorInfo
+from distllm.model.conversion import Converted, Target
 from distllm.model.families import Anatomy
 from distllm.model.shard import Shard
 
@@ -30,18 +30,6 @@ Progress = Callable[[int], None]
 # A step of few rows takes as long as reading the weights, and a layer besides as long as its many small operations:
 # about 0.3 ms on a CPU that reads 30 GB/s. Only a first guess: the times of the stages replace it.
 LAYER_OVERHEAD_BYTES = 8 * 10**6
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a tensor of the checkpoint goes: the first parameter that it fills, and how it gets there.
-
-    `moved` marks a tied head that is stored instead of the table: it is read as the table.
-    """
-
-    parameter: str
-    converted: bool
-    moved: bool = False
 
 
 class LazyTensor:
@@ -74,7 +62,7 @@ class TensorMap:
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._head = _name_of(model, model.get_output_embeddings())
         self._base = f"{model.base_model_prefix}." if model.base_model is not model else ""
-        targets = _targets(model, checkpoint.tensors, self._parameters)
+        targets = conversion.targets(model, checkpoint.tensors, self._parameters)
         sources = {target.parameter for target in targets.values()}
         self.targets: dict[str, Target] = {}
         for name, target in targets.items():
@@ -82,24 +70,31 @@ class TensorMap:
             if table is None:
                 self.targets[name] = target
             elif table not in sources:
-                self.targets[name] = Target(table, converted=False, moved=True)
+                self.targets[name] = Target(table, pattern=None, moved=True)
             # Else a tied head is stored all the same: a second copy of the table, and not read.
         self._check(model)
 
     def _check(self, model: PreTrainedModel) -> None:
-        filled = set(_filled(model, self.targets))
+        filled = set(conversion.filled(model, self.targets))
         filled |= {target for target, source in self._tied.items() if source in filled}
         missing = [name for name in self._parameters if name not in filled]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"{self.checkpoint.path}: no tensor for {missing[0]}{more}; is the checkpoint whole?")
         for name, target in self.targets.items():
-            info, wanted = self.checkpoint.tensors[name], tuple(self._parameters[target.parameter].shape)
-            if not target.converted and info.shape != wanted:
-                raise ValueError(
-                    f"{self.checkpoint.path / info.file}: tensor {name} has shape {info.shape}, "
-                    f"but config.json asks for {wanted}"
-                )
+            self._check_tensor(name, target)
+        Converted(model, self.checkpoint, self.targets).check(self._parameters)
+
+    def _check_tensor(self, name: str, target: Target) -> None:
+        info, parameter = self.checkpoint.tensors[name], self._parameters[target.parameter]
+        where, wanted = f"{self.checkpoint.path / info.file}: tensor {name}", tuple(parameter.shape)
+        if target.pattern is None and info.shape != wanted:
+            raise ValueError(f"{where} has shape {info.shape}, but config.json asks for {wanted}")
+        if parameter.is_floating_point() and not _is_float(info):
+            raise ValueError(
+                f"{where} holds numbers of type {info.dtype}: quantized weights cannot be read yet; "
+                "give the checkpoint in bfloat16, float16 or float32"
+            )
 
     def sizes(self, dtype: torch.dtype, context_length: int) -> ModelSizes:
         """Bytes of the parts of the model when weights and KV are held in this dtype."""
@@ -165,7 +160,7 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
 
     transformers_logging.disable_progress_bar()
     settings = LoadStateDictConfig(
-        device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=_conversions(shard.model)
+        device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=conversion.conversions(shard.model)
     )
     folder = tensors.checkpoint.path
     with ExitStack() as files:
@@ -196,45 +191,13 @@ def _buffers_to(model: PreTrainedModel, device: torch.device) -> None:
         model.to(device)
 
 
-def _conversions(model: PreTrainedModel) -> list[Any]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return list(get_model_conversion_mapping(model) or [])
-
-
-def _targets(model: PreTrainedModel, names: Iterable[str], parameters: Mapping[str, torch.Tensor]) -> dict[str, Target]:
-    """For each tensor of a checkpoint that the model uses, the parameter that it fills."""
-    from transformers.core_model_loading import WeightConverter, rename_source_key
-
-    conversions = _conversions(model)
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    renamings = [entry for entry in conversions if not isinstance(entry, WeightConverter)]
-    found = {}
-    for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if parameter in parameters:
-            found[name] = Target(parameter, converted=pattern is not None)
-    return found
-
-
-def _filled(model: PreTrainedModel, targets: Mapping[str, Target]) -> Iterable[str]:
-    """Parameters that get a value; a converter that splits one tensor fills several."""
-    from transformers.core_model_loading import WeightConverter
-
-    converters = [entry for entry in _conversions(model) if isinstance(entry, WeightConverter)]
-    for target in targets.values():
-        yield target.parameter
-        if not target.converted:
-            continue
-        for converter in converters:
-            first, *others = converter.target_patterns
-            if first in target.parameter:
-                yield from (target.parameter.replace(first, other) for other in others)
-
-
 def _held_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
     """What a tensor takes when numbers are held in this dtype; integers and truth values stay as they are."""
-    return math.prod(info.shape) * dtype.itemsize if info.dtype.startswith(("BF", "F")) else info.nbytes
+    return math.prod(info.shape) * dtype.itemsize if _is_float(info) else info.nbytes
+
+
+def _is_float(info: TensorInfo) -> bool:
+    return info.dtype.startswith(("BF", "F"))
 
 
 def _name_of(model: PreTrainedModel, part: torch.nn.Module | None) -> str:
