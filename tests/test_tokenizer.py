@@ -140,6 +140,35 @@ def test_no_chat_template(tokenizers: dict[str, Tokenizer]) -> None:
         tokenizers["bytes"].encode_chat([{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 'a' + 1 }}", "fails on these messages: TypeError: can only concatenate str"),
+        ("{{ 1 // 0 }}", "fails on these messages: ZeroDivisionError: "),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "fails on these messages: OverflowError: "),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on these messages: RecursionError: "),
+        ("{{ nobody.said.this }}", "refuses these messages: 'nobody' is undefined"),
+        ("{% for %}", "refuses these messages: Expected"),
+    ],
+)
+def test_a_template_that_fails(folders: dict[str, Path], tmp_path: Path, template: str, reason: str) -> None:
+    shutil.copytree(folders["bytes"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"the chat template of {tmp_path} ") as error:
+        Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": "Hi"}])
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_that_has_no_tokens(tmp_path: Path) -> None:
+    words = RustTokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("known") == (0,)
+    with pytest.raises(ValueError, match=rf"the tokenizer of {tmp_path} cannot take this text: .*\[UNK\]"):
+        tokenizer.encode("strange")
+
+
 def test_a_template_that_refuses(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["bytes"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
@@ -216,8 +245,9 @@ def test_eos_ids(
     ("content", "complaint"),
     [
         ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>': it must be a token id"),
-        ("{", "generation_config.json is not valid JSON"),
-        ("[]", "must hold a JSON object, not list"),
+        ("{", "generation_config.json: cannot be read as JSON"),
+        ("[]", "generation_config.json: should hold a JSON object"),
+        ("[" * 100_000, "generation_config.json: cannot be read as JSON"),
     ],
 )
 def test_broken_eos_ids(folders: dict[str, Path], tmp_path: Path, content: str, complaint: str) -> None:

@@ -5,11 +5,12 @@ The only place that loads a tokenizer. Knows nothing of requests, sampling or st
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from distllm.model.checkpoint import first_line, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ class Tokenizer:
         """Token ids of a raw text, with the special tokens that the tokenizer adds by default, such as BOS.
 
         Raises:
-            ValueError: the text has half a surrogate pair.
+            ValueError: the text has half a surrogate pair, or the tokenizer knows no token for a part of it.
         """
         return self._encode(text, add_special_tokens=True)
 
@@ -70,7 +71,7 @@ class Tokenizer:
             messages: each with the strings `role` and `content`; what else is in them is the template's affair.
 
         Raises:
-            ValueError: a message is malformed, or the checkpoint has no chat template, or the template refuses.
+            ValueError: a message is malformed, or the checkpoint has no chat template, or the template refuses them.
         """
         _check_messages(messages)
         if not self._backend.chat_template:
@@ -84,7 +85,12 @@ class Tokenizer:
         try:
             text = self._backend.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
-            raise ValueError(f"the chat template of {self.folder} refuses these messages: {error}") from error
+            raise ValueError(
+                f"the chat template of {self.folder} refuses these messages: {first_line(error)}"
+            ) from error
+        except Exception as error:  # a template is a program, which may fail like any other
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"the chat template of {self.folder} fails on these messages: {reason}") from error
         return self._encode(text, add_special_tokens=False)  # the template has written them
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -105,7 +111,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has half a surrogate pair at character {error.start}: remove it") from None
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+        try:
+            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+        except Exception as error:  # Rust code raises the bare Exception
+            raise ValueError(f"the tokenizer of {self.folder} cannot take this text: {first_line(error)}") from error
 
 
 class Detokenizer:
@@ -196,30 +205,17 @@ def _reason(folder: Path, error: Exception) -> str:
     """One sentence on why a tokenizer did not load."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return "it has neither tokenizer.json nor tokenizer.model; copy them from the model's page"
-    first_line = str(error).strip().partition("\n")[0]
-    return f"its files cannot be read ({type(error).__name__}: {first_line})"
+    return f"its files cannot be read ({type(error).__name__}: {first_line(error)})"
 
 
 def _eos_ids(folder: Path, fallback: int | None) -> frozenset[int]:
     """The ids that end a text, from the first place that names any."""
     for name in ("generation_config.json", "config.json"):
-        found = _read_object(folder / name).get("eos_token_id")
+        path = folder / name
+        found = read_json(path).get("eos_token_id") if path.exists() else None
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(token) is int for token in ids):
-            raise ValueError(f"{folder / name}: eos_token_id is {found!r}: it must be a token id or a list of them")
+            raise ValueError(f"{path}: eos_token_id is {found!r}: it must be a token id or a list of them")
         if ids:
             return frozenset(ids)
     return frozenset() if fallback is None else frozenset({fallback})
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    """A JSON file that holds an object; empty if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
