@@ -126,3 +126,14 @@ def test_a_cache_has_the_layers_shapes() -> None:
     assert cache.nbytes == 10 * 2 * (KVShape(2, 8, 6).numbers + KVShape(3, 4, 4).numbers) == 10 * 2 * (28 + 24)
     with pytest.raises(KeyError):
         cache[0]
+
+
+def test_no_memory_for_keys_and_values() -> None:
+    """More than the address space of any machine of today."""
+    shapes = dict.fromkeys(range(2), KVShape(2, 16, 8))
+    tokens = 2**45
+    nbytes = 2 * 2 * 24 * 2 * tokens
+    wanted = f"cpu has no memory for {nbytes:,} bytes of KV, those of {tokens} tokens; lower engine.kv_tokens"
+    with pytest.raises(ValueError, match="no memory") as error:
+        KVCache(shapes, tokens, torch.bfloat16, CPU)
+    assert wanted in str(error.value)

@@ -82,7 +82,7 @@ class Blueprint:
             progress: called with bytes that are done, from any thread; reading and packing are half of the work each.
 
         Raises:
-            ValueError: a file cannot be read.
+            ValueError: a file cannot be read, or there is no memory for the KV.
         """
         stage = plan.stage_of(rank)
         if stage is None:

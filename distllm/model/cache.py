@@ -27,17 +27,28 @@ class KVShape:
 
 
 class KVCache:
-    """Keys (G, N, K) and values (G, N, K) of each layer; memory is touched only when it is written."""
+    """Keys (G, N, K) and values (G, N, K) of each layer; memory is touched only when it is written.
+
+    Raises:
+        ValueError: the device has no memory for them.
+    """
 
     def __init__(self, shapes: Mapping[int, KVShape], tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tokens = tokens
-        self._layers = {
-            layer: (
-                torch.empty(shape.heads, tokens, shape.key_size, dtype=dtype, device=device),
-                torch.empty(shape.heads, tokens, shape.value_size, dtype=dtype, device=device),
-            )
-            for layer, shape in shapes.items()
-        }
+        try:
+            self._layers = {
+                layer: (
+                    torch.empty(shape.heads, tokens, shape.key_size, dtype=dtype, device=device),
+                    torch.empty(shape.heads, tokens, shape.value_size, dtype=dtype, device=device),
+                )
+                for layer, shape in shapes.items()
+            }
+        except RuntimeError as error:
+            nbytes = sum(shape.numbers for shape in shapes.values()) * tokens * dtype.itemsize
+            raise ValueError(
+                f"{device} has no memory for {nbytes:,} bytes of KV, those of {tokens} tokens; "
+                "lower engine.kv_tokens or plan.memory_fraction"
+            ) from error
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._layers[layer]
