@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 
 from distllm.core import Member
 
-CGROUP = Path("/sys/fs/cgroup")
 PACKAGES = ("distllm", "torch", "transformers")
 
 
@@ -36,20 +36,52 @@ def describe(rank: int) -> Member:
     )
 
 
-def free_memory(cgroup: Path = CGROUP) -> int:
-    """Bytes that this process may still take: what the host has free, within the limit of its control group."""
-    free = psutil.virtual_memory().available
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what the host has free, within the limits of its control groups.
+
+    Args:
+        root: the folder that /proc/self/cgroup and /sys/fs/cgroup are read under.
+    """
+    left = [room_left(group) for group in control_groups(root)]
+    return max(0, min([psutil.virtual_memory().available, *(room for room in left if room is not None)]))
+
+
+def control_groups(root: Path) -> Iterator[Path]:
+    """Folders of this process's memory control group and of all above it; in a container some are not there."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # a kernel without control groups
+        return
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        parts = own.strip("/").split("/")
+        yield from (top.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1))
+
+
+def room_left(group: Path) -> int | None:
+    """Bytes below a control group's limit, the page cache counting as free; None if it has no limit."""
+    for limit_name, used_name, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
-            limit, used = (cgroup / limit_name).read_text().strip(), (cgroup / used_name).read_text().strip()
+            limit, used = (group / limit_name).read_text().strip(), int((group / used_name).read_text())
         except OSError:
             continue
-        if limit != "max":
-            free = min(free, int(limit) - int(used))
-    return max(free, 0)
+        return None if limit == "max" else int(limit) - used + page_cache(group, prefix)
+    return None
+
+
+def page_cache(group: Path, prefix: str) -> int:
+    """Bytes of files that a control group is charged for, which the kernel drops when a process needs the room."""
+    try:
+        words = [line.split() for line in (group / "memory.stat").read_text().splitlines()]
+    except OSError:
+        return 0
+    return sum(int(size) for name, size in words if name in (f"{prefix}inactive_file", f"{prefix}active_file"))
 
 
 def peak_memory() -> int:
