@@ -6,9 +6,9 @@ Plain dataclasses; knows nothing of Hydra, which only the command line uses to f
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from os.path import normpath
 from typing import Any
 
 from distllm.core import SamplingParams
@@ -183,10 +183,19 @@ def validate(config: Config) -> None:
             raise ValueError(
                 f"{name}= is empty: name a {'folder' if name == 'model.path' else 'file'}, or leave it out"
             )
-    if config.output is not None and config.prompts is not None and normpath(config.output) == normpath(config.prompts):
+    if config.output is not None and config.prompts is not None and _same_file(config.output, config.prompts):
         raise ValueError(f"output={config.output}: is the file of prompts itself; give another")
     config.sampling.params()
     validate_engine(config.model, config.cluster, config.plan, config.engine)
+
+
+def _same_file(one: str, other: str) -> bool:
+    """Whether two names mean one file, through links of both kinds, or would if it were there."""
+    one, other = os.path.expanduser(one), os.path.expanduser(other)
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def validate_engine(model: ModelConfig, cluster: ClusterConfig, plan: PlanConfig, engine: EngineConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +136,36 @@ def test_one_of_takes_what_is_among_the_choices() -> None:
 
 def test_the_plan_section_stands_alone() -> None:
     assert PlanConfig(layers=[1]).layers == [1]
+
+
+def names_of_one_file(folder: Path) -> list[tuple[str, str]]:
+    """Pairs of names, relative to the folder or not, that mean one file."""
+    (folder / "x").mkdir()
+    (folder / "p.jsonl").write_text("{}")
+    (folder / "soft").symlink_to("p.jsonl")
+    (folder / "hard").hardlink_to(folder / "p.jsonl")
+    (folder / "links").symlink_to(folder)
+    others = ["p.jsonl", "./x/../p.jsonl", "soft", "hard", "links/p.jsonl", str(folder / "p.jsonl"), "~/p.jsonl"]
+    return [("p.jsonl", other) for other in others] + [
+        ("soft", "hard"),
+        ("none", "./x/../none"),
+        ("none", "links/none"),
+    ]
+
+
+def test_the_file_of_prompts_by_any_name_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for prompts, output in names_of_one_file(tmp_path):
+        for one, other in ((prompts, output), (output, prompts)):
+            with pytest.raises(ValueError, match=f"^output={re.escape(other)}: is the file of prompts itself"):
+                validate(Config(prompts=one, output=other))
+
+
+def test_another_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names_of_one_file(tmp_path)
+    (tmp_path / "other.jsonl").write_text("{}")
+    (tmp_path / "elsewhere").symlink_to("other.jsonl")
+    for output in ("other.jsonl", "elsewhere", "new.jsonl", "x/p.jsonl"):
+        validate(Config(prompts="p.jsonl", output=output))
