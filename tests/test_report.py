@@ -1,10 +1,13 @@
 """What a plan looks like in JSON and as text."""
 
 import json
+from dataclasses import replace
+
+import pytest
 
 from distllm.core import Member, ModelSizes
 from distllm.plan.partition import PlanWish, partition
-from distllm.plan.report import BAR, as_json, as_table
+from distllm.plan.report import BAR, as_json, as_table, why_idle
 
 SIZES = ModelSizes(
     layer_bytes=(100_000_000,) * 4,
@@ -128,3 +131,24 @@ def test_small_parts_show_and_a_full_rank_ends_at_the_bar() -> None:
         for member in MEMBERS
     )
     assert as_table(IDLE, tiny, SIZES, "toy").splitlines()[-3] == f"rank 0 [#={'.' * 38}]"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layers", "ranks", "why"),
+    [
+        ("balanced", 1, 3, "the model has fewer parts (2) than the job has ranks (3)"),
+        ("balanced", 2, 3, "within the ranks' memory, no split that gives it a part is faster"),
+        ("balanced", 32, 3, "within the ranks' memory, no split that gives it a part is faster"),
+        ("even", 2, 3, "the model has fewer layers (2) than the job has ranks (3)"),
+        ("manual", 1, 3, "plan.layers gives it no layer"),
+    ],
+)
+def test_why_a_rank_is_idle(strategy: str, layers: int, ranks: int, why: str) -> None:
+    assert why_idle(strategy, layers, ranks) == why
+
+
+@pytest.mark.parametrize("last", [replace(MEMBERS[2], speed=0.01), replace(MEMBERS[2], memory_bytes=10_000_000)])
+def test_a_rank_may_be_idle_with_layers_enough_for_all(last: Member) -> None:
+    plan = partition((*MEMBERS[:2], last), SIZES, replace(WISH, strategy="balanced", layers=None))
+    assert plan.idle == (2,)
+    assert "fewer" not in why_idle("balanced", SIZES.layers, len(MEMBERS))

@@ -48,6 +48,16 @@ def stage_on(plan: Plan, member: Member) -> Stage:
     return plan.stage_of(member.rank) or nothing
 
 
+def why_idle(strategy: str, layers: int, ranks: int) -> str:
+    """Why a plan of this strategy for so many layers leaves one of so many ranks without a part."""
+    if strategy == "manual":
+        return "plan.layers gives it no layer"
+    parts, called = (layers + 1, "parts") if strategy == "balanced" else (layers, "layers")
+    if parts < ranks:
+        return f"the model has fewer {called} ({parts}) than the job has ranks ({ranks})"
+    return "within the ranks' memory, no split that gives it a part is faster"
+
+
 def rank_json(member: Member, stage: Stage, plan: Plan, sizes: ModelSizes) -> dict[str, object]:
     return {
         "rank": member.rank,
