@@ -26,7 +26,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distllm.config import Config, keys, suggest
+from distllm.config import Config, keys, kind, suggest
 
 SCHEMA = "schema"
 MODULE = "distllm.conf"
@@ -34,16 +34,6 @@ PRIMARY = "config"
 STOP = "sampling.stop"
 FLAGS = ("--help", "--cfg", "--config-dir", "--config-name")
 KEYS = {each.name: each for each in keys()}
-
-# What a value of a type is called, and what to type for it.
-VALUES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "one word",
-    "list[int]": "a list of whole numbers such as [1,2]",
-    "list[str]": "a list such as [a,b]",
-}
 
 
 class Words(argparse.ArgumentParser):
@@ -229,9 +219,7 @@ def _culprit(error: Exception, text: str, key: str, words: Sequence[str]) -> str
 
 
 def _kind(key: str) -> str:
-    """What a key's value must be."""
-    name, *optional = KEYS[key].type.split(" | ")
-    return VALUES[name] + (" or null" if optional else "")
+    return kind(key, KEYS[key].type)
 
 
 def _missing(error: MissingConfigException, flags: argparse.Namespace) -> str:

@@ -7,15 +7,34 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from distllm.core import SamplingParams
 
-TASKS = ("generate", "plan", "bench")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-STRATEGIES = ("balanced", "even", "manual")
+WHOLE_RIVAL, SPLIT_RIVAL = "transformers", "transformers-pp"
+
+# Keys that take one of a few words, or a list of them.
+CHOICES = {
+    "task": ("generate", "plan", "bench"),
+    "log_level": ("debug", "info", "warning", "error"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "plan.strategy": ("balanced", "even", "manual"),
+    "bench.rivals": (WHOLE_RIVAL, SPLIT_RIVAL),
+}
+
+# What values of a type are called.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "one word",
+    "list[int]": "a list of whole numbers such as [1,2]",
+    "list[str]": "a list such as [a,b]",
+}
+
 DAY_S = 86400  # no wait is longer; the network's clocks overflow at the infinite
 
 
@@ -129,6 +148,9 @@ class Config:
     bench: BenchConfig = field(default_factory=BenchConfig)
 
 
+Section = Config | ModelConfig | ClusterConfig | PlanConfig | EngineConfig | BenchConfig
+
+
 @dataclass(frozen=True, slots=True)
 class KeyDoc:
     """One line of --help."""
@@ -166,27 +188,137 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value}: it must be one of {', '.join(choices)}{suggest(value, list(choices))}")
 
 
+def kind(name: str, type_name: str) -> str:
+    """What a key's value must be, in words."""
+    type_name, *optional = type_name.split(" | ")
+    if name in CHOICES and type_name == "str":
+        return f"one of {', '.join(CHOICES[name])}"
+    return KINDS[type_name] + (" or null" if optional else "")
+
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value will do, and what it must be."""
+
+
+def _within(low: float, high: float, unit: str = "") -> Rule:
+    return lambda value: low <= value <= high, f"{low} to {high}{unit}"
+
+
+def _at_least(low: int) -> Rule:
+    return lambda value: value >= low, f"at least {low}"
+
+
+def _positive(most: int, unit: str = "") -> Rule:
+    return lambda value: 0 < value <= most, f"more than 0 and at most {most}{unit}"
+
+
+# Ranks and threads beyond any machine's would take the host down, not fail.
+RULES: dict[str, Rule] = {
+    "model.context_length": _at_least(2),
+    "cluster.workers": _within(0, 256),
+    "cluster.threads": _within(1, 1024),
+    "cluster.join_timeout_s": _positive(DAY_S, " seconds"),
+    "cluster.load_timeout_s": _positive(DAY_S, " seconds"),
+    "cluster.deadline_s": _within(1, DAY_S, " seconds"),
+    "plan.layers": (lambda counts: all(count >= 0 for count in counts), "numbers of 0 or more"),
+    "plan.memory_fraction": _positive(1),
+    "plan.min_gain": _within(0, 1, ", a share of a step's time"),
+    "engine.max_requests": _within(1, 4096),
+    "engine.prompt_chunk": _within(1, 65536),
+    "engine.block_tokens": _within(1, 1024),
+    "engine.kv_tokens": _at_least(1),
+    "engine.steps_in_flight": _at_least(1),
+    "bench.ranks": _within(1, 256),
+    "bench.rivals": (lambda names: len(set(names)) == len(names), "different ones"),
+    "bench.requests": (lambda counts: len(counts) > 0 and min(counts) >= 1, "numbers of at least 1"),
+    "bench.rounds": _at_least(1),
+    "bench.prompt_tokens": _at_least(1),
+    "bench.new_tokens": _at_least(1),
+    "bench.deadline_s": _positive(DAY_S, " seconds"),
+}
+
+
 def validate(config: Config) -> None:
     """Refuses what cannot work, before anything starts.
 
     Raises:
         ValueError: names the key, the value and the fix.
     """
-    one_of("task", config.task, TASKS)
-    one_of("log_level", config.log_level, ("debug", "info", "warning", "error"))
+    _check_values("", config)
     if config.prompt is not None and config.prompts is not None:
         raise ValueError("prompt= and prompts= are both given: give one of them")
     if config.output is not None and config.prompts is None:
         raise ValueError("output= is for the answers to prompts=FILE: give that too, or redirect standard output")
-    for name, path in (("prompts", config.prompts), ("output", config.output), ("model.path", config.model.path)):
-        if path == "":
-            raise ValueError(
-                f"{name}= is empty: name a {'folder' if name == 'model.path' else 'file'}, or leave it out"
-            )
-    if config.output is not None and config.prompts is not None and _same_file(config.output, config.prompts):
-        raise ValueError(f"output={config.output}: is the file of prompts itself; give another")
+    _check_names(config)
     config.sampling.params()
     validate_engine(config.model, config.cluster, config.plan, config.engine)
+    _check_values("bench.", config.bench)
+    if config.task == "bench":
+        _check_bench(config)
+
+
+def validate_engine(model: ModelConfig, cluster: ClusterConfig, plan: PlanConfig, engine: EngineConfig) -> None:
+    """The checks of the sections that the library takes too.
+
+    Raises:
+        ValueError: names the key, the value and the fix.
+    """
+    for name, section in (("model", model), ("cluster", cluster), ("plan", plan), ("engine", engine)):
+        _check_values(f"{name}.", section)
+    if (plan.strategy == "manual") != (plan.layers is not None):
+        raise ValueError("plan.strategy=manual and plan.layers=[...] go together: give both or neither")
+    if engine.kv_tokens is not None and engine.kv_tokens < engine.block_tokens:
+        raise ValueError(
+            f"engine.kv_tokens={engine.kv_tokens}: it must be at least one block, engine.block_tokens="
+            f"{engine.block_tokens}"
+        )
+
+
+def _check_values(prefix: str, section: Section) -> None:
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if not is_dataclass(value) and not item.metadata["text"]:
+            _check_value(prefix + item.name, value, str(item.type))
+
+
+def _check_value(name: str, value: Any, type_name: str) -> None:
+    """A value by itself: its type, its choices and its rule."""
+    if not _is_of(value, type_name):
+        raise ValueError(f"{name}={value}: it must be {kind(name, type_name)}")
+    if name in CHOICES:
+        for word in [value] if isinstance(value, str) else value:
+            one_of(name, word, CHOICES[name])
+    if name in RULES and value is not None:
+        holds, rule = RULES[name]
+        if not holds(value):
+            raise ValueError(f"{name}={value}: it must be {rule}")
+
+
+def _is_of(value: object, type_name: str) -> bool:
+    """Whether a value has the type that a key is declared with; the library's users are not held to it by Hydra."""
+    type_name, *optional = type_name.split(" | ")
+    if value is None:
+        return bool(optional)
+    if type_name.startswith("list["):
+        element = type_name.removeprefix("list[").removesuffix("]")
+        return isinstance(value, list | tuple) and all(_is_of(each, element) for each in value)
+    wanted = {"int": Integral, "float": Real, "bool": bool, "str": str}[type_name]
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+
+
+def _check_names(config: Config) -> None:
+    """Names of files, of a folder and of an interface."""
+    named = (
+        ("prompts", config.prompts, "a file"),
+        ("output", config.output, "a file"),
+        ("model.path", config.model.path, "a folder"),
+        ("cluster.interface", config.cluster.interface, "an interface"),
+    )
+    for name, value, what in named:
+        if value == "":
+            raise ValueError(f"{name}= is empty: name {what}, or leave it out")
+    if config.output is not None and config.prompts is not None and _same_file(config.output, config.prompts):
+        raise ValueError(f"output={config.output}: is the file of prompts itself; give another")
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -198,42 +330,18 @@ def _same_file(one: str, other: str) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
-def validate_engine(model: ModelConfig, cluster: ClusterConfig, plan: PlanConfig, engine: EngineConfig) -> None:
-    """The checks of the sections that the library takes too.
-
-    Raises:
-        ValueError: names the key, the value and the fix.
-    """
-    one_of("model.dtype", model.dtype, DTYPES)
-    one_of("plan.strategy", plan.strategy, STRATEGIES)
-    if (plan.strategy == "manual") != (plan.layers is not None):
-        raise ValueError("plan.strategy=manual and plan.layers=[...] go together: give both or neither")
-    rules = (
-        ("cluster.workers", cluster.workers, cluster.workers >= 0, "0 or more"),
-        ("cluster.threads", cluster.threads, cluster.threads is None or cluster.threads >= 1, "at least 1"),
-        ("cluster.deadline_s", cluster.deadline_s, 1 <= cluster.deadline_s <= DAY_S, "1 to 86400 seconds"),
-        ("cluster.join_timeout_s", cluster.join_timeout_s, 0 < cluster.join_timeout_s <= DAY_S, "in (0, 86400]"),
-        ("cluster.load_timeout_s", cluster.load_timeout_s, 0 < cluster.load_timeout_s <= DAY_S, "in (0, 86400]"),
-        ("plan.layers", plan.layers, all(n >= 0 for n in plan.layers or []), "numbers of 0 or more"),
-        ("plan.memory_fraction", plan.memory_fraction, 0 < plan.memory_fraction <= 1, "in (0, 1]"),
-        ("plan.min_gain", plan.min_gain, plan.min_gain >= 0, "0 or more"),
-        ("engine.max_requests", engine.max_requests, 1 <= engine.max_requests <= 4096, "1 to 4096"),
-        ("engine.prompt_chunk", engine.prompt_chunk, 1 <= engine.prompt_chunk <= 65536, "1 to 65536"),
-        ("engine.block_tokens", engine.block_tokens, 1 <= engine.block_tokens <= 1024, "1 to 1024"),
-        ("engine.kv_tokens", engine.kv_tokens, engine.kv_tokens is None or engine.kv_tokens >= 1, "at least 1"),
-        (
-            "engine.steps_in_flight",
-            engine.steps_in_flight,
-            engine.steps_in_flight is None or engine.steps_in_flight >= 1,
-            "at least 1",
-        ),
-        (
-            "model.context_length",
-            model.context_length,
-            model.context_length is None or model.context_length >= 2,
-            "at least 2",
-        ),
-    )
-    for name, value, holds, rule in rules:
-        if not holds:
-            raise ValueError(f"{name}={value}: it must be {rule}")
+def _check_bench(config: Config) -> None:
+    """What two options of a benchmark say of each other."""
+    options = config.bench
+    if SPLIT_RIVAL in options.rivals and options.ranks == 1:
+        raise ValueError(
+            f"bench.ranks=1: {SPLIT_RIVAL} needs at least 2; give more ranks or leave it out of bench.rivals"
+        )
+    for name in ("workers", "threads"):
+        if getattr(config.cluster, name):
+            raise ValueError(f"cluster.{name} is for other tasks: bench.ranks says how many ranks, of one thread each")
+    if max(options.requests) > config.engine.max_requests:
+        raise ValueError(
+            f"bench.requests={max(options.requests)}: engine.max_requests={config.engine.max_requests} would make some "
+            "wait; raise that too"
+        )

@@ -49,11 +49,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(self.stop))
         rules = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "a number of 0 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "a finite number of 0 or more"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and less than 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a finite number above 0"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
         )

@@ -24,8 +24,8 @@ from distllm.bench.machine import Clock, cpu_model
 from distllm.bench.prompts import TEXT, make_prompts
 from distllm.bench.report import Setting, as_json, as_table, say
 from distllm.bench.rival import RIVALS, Match, Rival
-from distllm.bench.run import bench, check, check_room
-from distllm.config import BenchConfig, ClusterConfig, Config, EngineConfig, ModelConfig
+from distllm.bench.run import bench, check_room
+from distllm.config import BenchConfig, Config, ModelConfig
 from distllm.core import EngineError, Plan, Span, Stage
 from distllm.model.tokenizer import Tokenizer
 
@@ -302,38 +302,6 @@ def test_the_text_may_be_too_short(tokenizer: Tokenizer) -> None:
     assert prompt[length : 2 * length] == prompt[:length]
     with pytest.raises(ValueError, match=r"bench\.requests=100000: there are prompts for at most \d+"):
         make_prompts(tokenizer, count=100_000, tokens=8)
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"rivals": ["transfomers"]}, "bench.rivals=transfomers: .*did you mean transformers"),
-        ({"rivals": ["transformers", "transformers"]}, "bench.rivals=.*different"),
-        ({"requests": []}, r"bench.requests=\[\]"),
-        ({"requests": [4, 0]}, r"bench.requests=\[4, 0\]: it must be numbers of at least 1"),
-        ({"requests": [65]}, "bench.requests=65: engine.max_requests=64 .*raise that"),
-        ({"rounds": 0}, "bench.rounds=0: it must be at least 1"),
-        ({"ranks": 0}, "bench.ranks=0"),
-        ({"ranks": 1}, "bench.ranks=1: transformers-pp needs at least 2"),
-        ({"new_tokens": 0}, "bench.new_tokens=0"),
-        ({"deadline_s": 0.0}, "bench.deadline_s=0"),
-    ],
-)
-def test_options_that_cannot_work_are_refused_with_a_sentence(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        check(Config(bench=BenchConfig(**options)))
-
-
-def test_the_number_of_ranks_is_said_once() -> None:
-    for cluster in (ClusterConfig(workers=3), ClusterConfig(threads=2)):
-        with pytest.raises(ValueError, match=r"bench\.ranks says how many"):
-            check(Config(cluster=cluster))
-
-
-def test_options_that_work_pass() -> None:
-    check(Config())
-    check(Config(bench=BenchConfig(ranks=1, rivals=["transformers"])))
-    check(Config(bench=BenchConfig(requests=[128]), engine=EngineConfig(max_requests=128)))
 
 
 def test_prompt_and_answer_must_fit_the_context() -> None:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from distllm.config import Config, PlanConfig, keys, one_of, suggest, validate
+from distllm.config import (
+    Config,
+    EngineConfig,
+    ModelConfig,
+    PlanConfig,
+    keys,
+    one_of,
+    suggest,
+    validate,
+    validate_engine,
+)
 
 
 def changed(**values: Any) -> Config:
@@ -43,24 +53,49 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"plan__strategy": "manual"}, r"plan\.strategy=manual and plan\.layers=.*both or neither"),
     ({"plan__layers": [1, 2]}, r"plan\.strategy=manual and plan\.layers=.*both or neither"),
     ({"plan__strategy": "manual", "plan__layers": [3, -1]}, r"plan\.layers=\[3, -1\]: .*0 or more"),
-    ({"plan__memory_fraction": 0.0}, r"plan\.memory_fraction=0\.0: .*\(0, 1\]"),
-    ({"plan__memory_fraction": 1.1}, r"plan\.memory_fraction=1\.1: .*\(0, 1\]"),
-    ({"plan__min_gain": -0.1}, r"plan\.min_gain=-0\.1: .*0 or more"),
-    ({"cluster__workers": -1}, r"cluster\.workers=-1: .*0 or more"),
-    ({"cluster__threads": 0}, r"cluster\.threads=0: .*at least 1"),
+    ({"plan__memory_fraction": 0.0}, r"plan\.memory_fraction=0\.0: .*more than 0 and at most 1$"),
+    ({"plan__memory_fraction": 1.1}, r"plan\.memory_fraction=1\.1: .*more than 0 and at most 1$"),
+    ({"plan__min_gain": -0.1}, r"plan\.min_gain=-0\.1: .*0 to 1, a share"),
+    ({"cluster__workers": -1}, r"cluster\.workers=-1: .*0 to 256"),
+    ({"cluster__threads": 0}, r"cluster\.threads=0: .*1 to 1024"),
+    ({"cluster__workers": 10**24}, r"cluster\.workers=1000000000000000000000000: .*0 to 256"),
+    ({"cluster__threads": 100_000}, r"cluster\.threads=100000: .*1 to 1024"),
+    ({"cluster__interface": ""}, r"cluster\.interface= is empty: name an interface, or leave it out"),
+    ({"plan__min_gain": 5.0}, r"plan\.min_gain=5\.0: .*0 to 1, a share"),
+    ({"plan__min_gain": float("nan")}, r"plan\.min_gain=nan: .*0 to 1, a share"),
     ({"cluster__deadline_s": 0.5}, r"cluster\.deadline_s=0\.5: .*1 to 86400"),
     ({"cluster__deadline_s": float("inf")}, r"cluster\.deadline_s=inf: .*1 to 86400"),
-    ({"cluster__join_timeout_s": 0}, r"cluster\.join_timeout_s=0: .*\(0, 86400\]"),
-    ({"cluster__load_timeout_s": float("nan")}, r"cluster\.load_timeout_s=nan: .*\(0, 86400\]"),
+    ({"cluster__join_timeout_s": 0}, r"cluster\.join_timeout_s=0: .*more than 0 and at most 86400 seconds"),
+    (
+        {"cluster__load_timeout_s": float("nan")},
+        r"cluster\.load_timeout_s=nan: .*more than 0 and at most 86400 seconds",
+    ),
     ({"engine__max_requests": 0}, r"engine\.max_requests=0: .*1 to 4096"),
     ({"engine__max_requests": 10**12}, r"engine\.max_requests=1000000000000: .*1 to 4096"),
     ({"engine__prompt_chunk": 0}, r"engine\.prompt_chunk=0: .*1 to 65536"),
     ({"engine__block_tokens": 0}, r"engine\.block_tokens=0: .*1 to 1024"),
     ({"engine__kv_tokens": 0}, r"engine\.kv_tokens=0: .*at least 1"),
+    ({"engine__kv_tokens": 15}, r"engine\.kv_tokens=15: .*one block, engine\.block_tokens=16"),
     ({"engine__steps_in_flight": 0}, r"engine\.steps_in_flight=0: .*at least 1"),
     ({"sampling__max_tokens": 0}, r"sampling\.max_tokens=0: .*at least 1"),
     ({"sampling__top_p": 2.0}, r"sampling\.top_p=2\.0: .*at most 1"),
+    ({"sampling__temperature": float("inf")}, r"sampling\.temperature=inf: .*a finite number of 0 or more"),
+    ({"sampling__repetition_penalty": float("inf")}, r"sampling\.repetition_penalty=inf: .*a finite number above 0"),
     ({"sampling__stop": [""]}, r"sampling\.stop=.*non-empty"),
+    ({"bench__rivals": ["transfomers"]}, r"bench\.rivals=transfomers: .*did you mean transformers"),
+    ({"bench__rivals": ["transformers"] * 2}, r"bench\.rivals=\['transformers', 'transformers'\]: .*different"),
+    ({"bench__requests": []}, r"bench\.requests=\[\]: .*numbers of at least 1"),
+    ({"bench__requests": [4, 0]}, r"bench\.requests=\[4, 0\]: it must be numbers of at least 1"),
+    ({"bench__ranks": 0}, r"bench\.ranks=0: .*1 to 256"),
+    ({"bench__rounds": 0}, r"bench\.rounds=0: it must be at least 1"),
+    ({"bench__prompt_tokens": -1}, r"bench\.prompt_tokens=-1: it must be at least 1"),
+    ({"bench__new_tokens": 0}, r"bench\.new_tokens=0: it must be at least 1"),
+    ({"bench__deadline_s": 0.0}, r"bench\.deadline_s=0\.0: .*more than 0 and at most 86400 seconds"),
+    ({"bench__deadline_s": float("inf")}, r"bench\.deadline_s=inf: .*at most 86400 seconds"),
+    ({"task": "bench", "bench__requests": [65]}, r"bench\.requests=65: engine\.max_requests=64 .*raise that"),
+    ({"task": "bench", "bench__ranks": 1}, r"bench\.ranks=1: transformers-pp needs at least 2"),
+    ({"task": "bench", "cluster__workers": 3}, r"cluster\.workers .*bench\.ranks says how many"),
+    ({"task": "bench", "cluster__threads": 2}, r"cluster\.threads .*bench\.ranks says how many"),
 ]
 
 
@@ -86,6 +121,11 @@ def test_a_rule_names_key_value_and_fix(values: dict[str, Any], sentence: str) -
         {"engine__steps_in_flight": 1},
         {"model__context_length": 2},
         {"task": "plan"},
+        {"task": "bench"},
+        {"task": "bench", "bench__ranks": 1, "bench__rivals": ["transformers"]},
+        {"task": "bench", "bench__requests": [128], "engine__max_requests": 128},
+        {"bench__ranks": 1, "engine__max_requests": 1, "cluster__workers": 2},  # no bench asked for
+        {"engine__kv_tokens": 16},
     ],
 )
 def test_what_is_just_right_passes(values: dict[str, Any]) -> None:
@@ -136,6 +176,25 @@ def test_one_of_takes_what_is_among_the_choices() -> None:
 
 def test_the_plan_section_stands_alone() -> None:
     assert PlanConfig(layers=[1]).layers == [1]
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"engine": EngineConfig(max_requests="8")}, "engine.max_requests=8: it must be a whole number"),  # type: ignore[arg-type]
+        ({"engine": EngineConfig(kv_tokens=1.5)}, "engine.kv_tokens=1.5: it must be a whole number or null"),  # type: ignore[arg-type]
+        ({"engine": EngineConfig(block_tokens=True)}, "engine.block_tokens=True: it must be a whole number"),
+        ({"engine": EngineConfig(pack_weights=1)}, "engine.pack_weights=1: it must be true or false"),  # type: ignore[arg-type]
+        ({"plan": PlanConfig(min_gain="5%")}, "plan.min_gain=5%: it must be a number"),  # type: ignore[arg-type]
+        ({"plan": PlanConfig(layers=3)}, "plan.layers=3: it must be a list of whole numbers such as [1,2] or null"),  # type: ignore[arg-type]
+        ({"model": ModelConfig(dtype=None)}, "model.dtype=None: it must be one of auto, float32, bfloat16, float16"),  # type: ignore[arg-type]
+    ],
+)
+def test_the_library_is_told_of_a_wrong_type(sections: dict[str, Any], sentence: str) -> None:
+    whole = Config()
+    given = {name: sections.get(name, getattr(whole, name)) for name in ("model", "cluster", "plan", "engine")}
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        validate_engine(**given)
 
 
 def names_of_one_file(folder: Path) -> list[tuple[str, str]]:

@@ -26,15 +26,13 @@ import psutil
 
 from distllm.bench.engines import Prompts, checked
 from distllm.bench.figures import Batch
+from distllm.config import SPLIT_RIVAL, WHOLE_RIVAL
 from distllm.core import EngineError
 from distllm.net import address
 
 LISTEN_S = 0.2
 END_TIMEOUT_S = 10.0
 SHOWN_LINES = 15
-
-WHOLE = "transformers"
-PIPELINE = "transformers-pp"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,14 +171,14 @@ class Rival:
 
 def _transformers(match: Match) -> Rival:
     """transformers' `generate`, in one process with as many threads as there are ranks."""
-    return _generate(WHOLE, [sys.executable], match, [f"--threads={match.ranks}"])
+    return _generate(WHOLE_RIVAL, [sys.executable], match, [f"--threads={match.ranks}"])
 
 
 def _transformers_pp(match: Match) -> Rival:
     """transformers' own pipeline parallel, under torchrun, one thread a rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={match.ranks}"]
     launcher += [f"--master-addr={address.LOOPBACK}", f"--master-port={_free_port()}"]
-    return _generate(PIPELINE, launcher, match, ["--threads=1", "--pipeline"])
+    return _generate(SPLIT_RIVAL, launcher, match, ["--threads=1", "--pipeline"])
 
 
 def _generate(name: str, launcher: Sequence[str], match: Match, options: Sequence[str]) -> Rival:
@@ -202,4 +200,4 @@ def _free_port() -> int:
     return port
 
 
-RIVALS: Mapping[str, Callable[[Match], Rival]] = {WHOLE: _transformers, PIPELINE: _transformers_pp}
+RIVALS: Mapping[str, Callable[[Match], Rival]] = {WHOLE_RIVAL: _transformers, SPLIT_RIVAL: _transformers_pp}

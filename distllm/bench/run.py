@@ -19,8 +19,8 @@ from distllm.bench.figures import OURS, Batch, Comparison
 from distllm.bench.machine import Clock, cores, cpu_model
 from distllm.bench.prompts import make_prompts
 from distllm.bench.report import Setting, as_json, as_table
-from distllm.bench.rival import PIPELINE, RIVALS, Match
-from distllm.config import BenchConfig, Config, one_of
+from distllm.bench.rival import RIVALS, Match
+from distllm.config import BenchConfig, Config
 from distllm.core import Plan
 from distllm.engine.reader import open_blueprint
 from distllm.llm import LLM, launched
@@ -39,7 +39,6 @@ def bench(config: Config) -> int:
     """
     if launched() is not None:
         raise ValueError("task=bench starts its ranks itself: run it without torchrun")
-    check(config)
     blueprint = open_blueprint(config.model)
     check_room(config.bench, blueprint.sizes.context_length)
     prompts = _prompts(config.bench, blueprint.checkpoint.path)
@@ -53,44 +52,6 @@ def bench(config: Config) -> int:
     print(as_table(setting, comparisons), file=sys.stderr)
     print(json.dumps(as_json(setting, comparisons), indent=2))
     return 0
-
-
-def check(config: Config) -> None:
-    """
-    Raises:
-        ValueError: an option cannot be used; names it and the fix.
-    """
-    options = config.bench
-    rules = (
-        ("ranks", options.ranks, options.ranks >= 1, "at least 1"),
-        ("requests", options.requests, options.requests and min(options.requests) >= 1, "numbers of at least 1"),
-        ("rounds", options.rounds, options.rounds >= 1, "at least 1"),
-        ("prompt_tokens", options.prompt_tokens, options.prompt_tokens >= 1, "at least 1"),
-        ("new_tokens", options.new_tokens, options.new_tokens >= 1, "at least 1"),
-        ("deadline_s", options.deadline_s, options.deadline_s > 0, "more than 0"),
-        ("rivals", options.rivals, len(set(options.rivals)) == len(options.rivals), "different ones"),
-    )
-    for name, value, holds, rule in rules:
-        if not holds:
-            raise ValueError(f"bench.{name}={value}: it must be {rule}")
-    for rival in options.rivals:
-        one_of("bench.rivals", rival, tuple(RIVALS))
-    _check_together(config)
-
-
-def _check_together(config: Config) -> None:
-    """What two options say of each other."""
-    options = config.bench
-    if PIPELINE in options.rivals and options.ranks == 1:
-        raise ValueError(f"bench.ranks=1: {PIPELINE} needs at least 2; give more ranks or leave it out of bench.rivals")
-    for name in ("workers", "threads"):
-        if getattr(config.cluster, name):
-            raise ValueError(f"cluster.{name} is for other tasks: bench.ranks says how many ranks, of one thread each")
-    if max(options.requests) > config.engine.max_requests:
-        raise ValueError(
-            f"bench.requests={max(options.requests)}: engine.max_requests={config.engine.max_requests} would make some "
-            "wait; raise that too"
-        )
 
 
 def check_room(options: BenchConfig, context_length: int) -> None:

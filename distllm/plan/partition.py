@@ -25,7 +25,7 @@ Cuts = tuple[int, ...]
 EQUAL = 1e-9
 """Relative difference up to which two times (or degrees of fullness) count as equal: far above float noise."""
 
-FIXES = "add ranks or memory, lower engine.kv_tokens, or hold the numbers in a smaller model.dtype"
+FIXES = "add ranks or memory, give a lower engine.kv_tokens, or hold the numbers in a smaller model.dtype"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +40,6 @@ class PlanWish:
         kv_tokens_needed: least KV room that makes sense when `kv_tokens` is None.
         workspace_bytes: set aside for activations on each rank that holds something.
         block_tokens: tokens of one KV block; the room is a whole number of blocks.
-
-    Raises:
-        ValueError: `kv_tokens` is less than one block.
     """
 
     strategy: str = "balanced"
@@ -54,11 +51,7 @@ class PlanWish:
     block_tokens: int
 
     def __post_init__(self) -> None:
-        if self.kv_tokens is not None and self.kv_tokens < self.block_tokens:
-            raise ValueError(
-                f"engine.kv_tokens={self.kv_tokens}: it must be at least one block, "
-                f"engine.block_tokens={self.block_tokens}"
-            )
+        assert self.kv_tokens is None or self.kv_tokens >= self.block_tokens, "KV room of less than one block"
 
     @property
     def least_tokens(self) -> int:
@@ -90,7 +83,11 @@ def partition(members: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> P
     split = choose(ranks, sizes, wish)
     complaints = [too_full(member, sizes, wish, span) for member, span in zip(ranks, split, strict=True)]
     if any(complaints):
-        raise ValueError(f"the model does not fit: {'; '.join(filter(None, complaints))}; {FIXES}")
+        fixes = FIXES
+        if wish.strategy != "balanced" and balanced_split(ranks, sizes, wish) is not None:
+            without = " without plan.layers" if wish.strategy == "manual" else ""
+            fixes = f"plan.strategy=balanced{without} finds a split that fits"
+        raise ValueError(f"the model does not fit: {'; '.join(filter(None, complaints))}; {fixes}")
     return plan_of(ranks, sizes, wish, split)
 
 
@@ -170,9 +167,8 @@ def choose(ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> Split:
         each, more = divmod(sizes.layers, len(ranks))
         counts = [each + (place < more) for place in range(len(ranks))]
         return split_of(counts, head=max((place for place, count in enumerate(counts) if count), default=0))
-    if wish.strategy == "manual":
-        return split_of(manual_counts(wish.layers or (), sizes.layers, len(ranks)), head=len(ranks) - 1)
-    raise ValueError(f"plan.strategy={wish.strategy}: it must be balanced, even or manual")
+    assert wish.strategy == "manual", wish.strategy
+    return split_of(manual_counts(wish.layers or (), sizes.layers, len(ranks)), head=len(ranks) - 1)
 
 
 def manual_counts(counts: tuple[int, ...], layers: int, ranks: int) -> tuple[int, ...]:
