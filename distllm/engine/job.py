@@ -26,6 +26,7 @@ from distllm.engine.pipeline import Pipeline
 from distllm.model.blueprint import Blueprint
 from distllm.net.wire import WireBroken
 from distllm.plan.partition import PlanWish, human_bytes, measured, partition, rebalanced
+from distllm.plan.report import why_idle
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class Job:
         for member in self.members:
             stage = plan.stage_of(member.rank)
             if stage is None:
-                logger.info("%s holds nothing: the model has fewer parts than the job has ranks", member)
+                why = why_idle(self.wish.strategy, self.sizes.layers, len(self.members))
+                logger.info("%s holds nothing: %s", member, why)
             else:
                 logger.info("%s holds %s, %s", member, stage.span, human_bytes(stage.weight_bytes))
 
@@ -146,7 +148,7 @@ class Job:
             mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self.blueprint))
             self._wait(others, mine, progress)
         logger.debug("every rank has loaded")
-        return self._join(mine.result(), others)
+        return self._join(_loaded(mine), others)
 
     def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s
@@ -232,6 +234,16 @@ def in_thread(action: Callable[[], Loaded]) -> Future[Loaded]:
 
     threading.Thread(target=run, name="distllm-load", daemon=True).start()
     return future
+
+
+def _loaded(mine: Future[Loaded]) -> Loaded:
+    try:
+        return mine.result()
+    except (ValueError, EngineError):
+        raise
+    except Exception as error:
+        logger.debug("rank 0 failed while loading", exc_info=True)
+        raise EngineError(f"rank 0 failed while loading: {type(error).__name__}: {error}") from error
 
 
 class LoadProgress:

@@ -19,6 +19,7 @@ from fakes import tiny_checkpoint
 
 from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig
+from distllm.engine import job
 from distllm.engine.pipeline import Pipeline
 
 DEADLINE_S = 3
@@ -175,6 +176,17 @@ def test_a_verdict_that_fails_still_ends_what_waits(tmp_path: Path, monkeypatch:
         strike(worker, signal.SIGKILL)
         with pytest.raises(EngineError, match=r"^rank 0 failed: RuntimeError: no idea$"):
             list(stream)
+
+
+def test_a_master_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise RuntimeError("no memory for the weights")
+
+    monkeypatch.setattr(job, "load", load)
+    folder = tiny_checkpoint(tmp_path)
+    with pytest.raises(EngineError, match=r"^rank 0 failed while loading: RuntimeError: no memory for the weights$"):
+        LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
+    assert not psutil.Process().children()
 
 
 def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:
