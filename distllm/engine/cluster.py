@@ -272,7 +272,7 @@ class Cluster:
             _heard(answer)
         if self._local:
             self._local.end()
-            self.node.agent.bury(list(self._identities.values()))
+            self.node.agent.bury_others()
 
 
 @contextmanager

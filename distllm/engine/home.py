@@ -60,6 +60,7 @@ class Home:
             return Cluster(self._node, local, config.workers, join_timeout_s=config.join_timeout_s)
         except BaseException:
             local.end()
+            self._node.agent.bury_others()
             raise
 
     def meet(self, rendezvous: Rendezvous) -> None:
@@ -97,7 +98,7 @@ class Home:
             failed = getattr(sys, "last_value", None) is not None
             self._launched.stop(int(failed) if code is None else code)
         elif not promised.hosts_store:
-            with suppress(ValueError):  # the store is gone, and they will notice that
+            with suppress(ValueError, ConnectionError):  # the store is gone, and they will notice that
                 store.give_up(promised)
 
     def _end_at_exit(self) -> None:

@@ -79,6 +79,12 @@ class Agent:
             self._strike_off(each)
             bury_here(each)
 
+    def bury_others(self) -> None:
+        """Forgets every other member of the group; all of them must have ended."""
+        listed = self._store.get(_MEMBERS).decode().split(",")
+        members = [AgentId(name, int(number)) for name, _, number in (each.rpartition("-") for each in listed) if name]
+        self.bury([member for member in members if member != self.identity])
+
     def _strike_off(self, member: AgentId) -> None:
         listed = self._store.get(_MEMBERS).decode()
         self._store.set(_MEMBERS, listed.replace(f"{member.name}-{member.id},", ""))

@@ -162,4 +162,6 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
 
 def give_up(rendezvous: Rendezvous) -> None:
     """Tells ranks that wait for a master that there will be none."""
-    connect(rendezvous, CONNECT_SLICE_S).set(MASTER, GIVEN_UP)
+    client = connect(rendezvous, CONNECT_SLICE_S)
+    with reached():
+        client.set(MASTER, GIVEN_UP)

@@ -241,6 +241,36 @@ def test_a_worker_that_dies_while_it_starts_is_named() -> None:
     assert done.stdout == "rank 1 exited with code 1 before it registered\n"
 
 
+HALF_STARTED = """
+import sys
+from distllm.config import ClusterConfig
+from distllm.core import EngineError
+from distllm.engine import local
+from distllm.engine.home import home
+
+python, local.sys.executable = sys.executable, sys.argv[1]
+try:
+    home.start(ClusterConfig(workers=3))
+except EngineError as error:
+    print(error)
+local.sys.executable = python
+cluster = home.start(ClusterConfig(workers=2))
+print(sorted(cluster.members))
+cluster.stop(0)
+"""
+
+
+def test_ranks_start_after_others_have_died_half_started(tmp_path: Path) -> None:
+    """Rank 1 has joined the group when rank 2 ends without a word; the next ranks find nobody to wait for."""
+    (faulty := tmp_path / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *--rank=2*) sleep 8; exit 3;; esac\nexec {sys.executable} "$@"\n'
+    )
+    faulty.chmod(0o700)
+    command = [sys.executable, "-c", HALF_STARTED, str(faulty)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["rank 2 exited with code 3 before it registered", "[0, 1]"], done.stderr
+
+
 ONE_AT_A_TIME = """
 import sys
 from distllm import LLM, SamplingParams
