@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 
 import torch
@@ -75,6 +76,8 @@ class Engine:
             pipeline = self._job.start()
             scheduler = _scheduler(self._job, pipeline.stages)
             self._master = self.master = Master(pipeline, scheduler, options.engine.prompt_chunk)
+            # A thread that is within torch while the interpreter goes down would take the process with it.
+            atexit.register(self.close)
         except BaseException:
             self.close()
             raise
@@ -131,6 +134,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends what was opened; once is enough, twice does no harm."""
+        atexit.unregister(self.close)
         if self._master is not None:
             self._master.close()
         if self._job is not None:

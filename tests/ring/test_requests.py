@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -89,6 +91,24 @@ def test_ranks_serve_one_model_at_a_time(tmp_path: Path) -> None:
         assert len(llm.generate("hello", short)[0].token_ids) == 3
     with opened(folder, 2) as llm:
         assert len(llm.generate("hello", short)[0].token_ids) == 3
+
+
+NEVER_CLOSED = """
+import sys
+from distllm import LLM, SamplingParams
+from distllm.config import ClusterConfig
+
+llm = LLM(sys.argv[1], cluster=ClusterConfig(threads=1, workers=int(sys.argv[2])))
+stream = llm.stream("hello", SamplingParams(max_tokens=400, ignore_eos=True))
+print(len(next(stream).token_ids))
+"""
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_program_may_end_in_the_middle_of_an_answer(tmp_path: Path, ranks: str) -> None:
+    command = [sys.executable, "-c", NEVER_CLOSED, str(tiny_checkpoint(tmp_path)), ranks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 @pytest.mark.parametrize("prompt", ["", []])
