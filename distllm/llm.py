@@ -161,7 +161,6 @@ class LLM:
             ValueError, EngineError: as `generate` and `chat`.
         """
         if isinstance(prompt, Request):
-            self.check_room(prompt)
             return self._stream(prompt)
         if isinstance(prompt, str) or all(isinstance(each, int) for each in prompt):
             return self._stream(self.request(prompt, params, "the prompt"))  # type: ignore[arg-type]
@@ -198,13 +197,14 @@ class LLM:
         """Runs requests, each with the prompt as it was given, and waits for all.
 
         Raises:
+            ValueError: the ranks have too little KV room for one of them.
             EngineError: the engine ended.
         """
         heard: queue.SimpleQueue[tuple[Draft, Piece | Exception]] = queue.SimpleQueue()
         drafts = [Draft(index, prompt, request) for index, (prompt, request) in enumerate(asked)]
         try:
             for draft in drafts:
-                self._engine.submit(draft.request, partial(_tell, heard, draft))
+                draft.number = self._engine.submit(draft.request, partial(_tell, heard, draft))
             left = len(drafts)
             while left:
                 draft, piece = _listen(heard)
@@ -214,13 +214,13 @@ class LLM:
                     on_output(draft.output())
         finally:
             for draft in drafts:
-                if draft.finish_reason is None:
-                    self._engine.master.cancel(draft.request.id)
+                if draft.number is not None and draft.finish_reason is None:
+                    self._engine.master.cancel(draft.number)
         return [draft.output() for draft in drafts]
 
     def _stream(self, request: Request) -> Iterator[Piece]:
         heard: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
-        self._engine.submit(request, heard.put)
+        number = self._engine.submit(request, heard.put)
         finished = False
         try:
             while not finished:
@@ -229,7 +229,7 @@ class LLM:
                 yield piece
         finally:
             if not finished:
-                self._engine.master.cancel(request.id)
+                self._engine.master.cancel(number)
 
     def close(self) -> None:
         """Frees the model; ranks that were started for it end, those of a launcher stay for the next one."""
@@ -252,6 +252,7 @@ class Draft:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    number: int | None = None  # the engine's, once it has taken the request
 
     def add(self, piece: Piece | Exception) -> None:
         """

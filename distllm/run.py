@@ -31,7 +31,8 @@ logger = logging.getLogger("distllm")
 DEFAULT_PROMPT = "Once upon a time"
 # Ranks other than 0 leave the word on a bad command line to rank 0; this long they wait for its end to end them.
 SILENCE_S = 5.0
-VERDICT_S = 2.5
+# Longer than the engine takes to find out who broke its ring, shorter than the other ranks linger for that.
+VERDICT_S = 3.5
 
 
 class Terminated(BaseException):
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     rank = _number("RANK", 0)
     code = _lead(given) if rank == 0 else _follow(given, rank)
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # of what rank 0 wrote, it has been told
         sys.stdout.flush()
     sys.stderr.flush()
     # A rank that leaves while a dead neighbour still holds a receive would wait for it in torch's destructors.
@@ -64,6 +65,7 @@ def _lead(given: Sequence[str]) -> int:
             config = _configured(given)
             began = config is not None
             code = _run(config) if config is not None else 0
+            sys.stdout.flush()
         finally:
             _ignore_signals()
     except BrokenPipeError:

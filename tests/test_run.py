@@ -176,6 +176,14 @@ def test_what_can_be_said_before_loading_is(words: list[str], tmp_path: Path) ->
     assert "does not fit" in fits.err
 
 
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *distllm("--help")], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (1, b"distllm: error: [Errno 28] No space left on device\n")
+
+
 LATE = """
 import signal, sys, time
 from distllm import run

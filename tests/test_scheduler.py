@@ -132,7 +132,7 @@ class Job:
         assert not [row for row in step.rows if row.request in self.reasons], "an ended request has a row"
         assert all(0 <= row.slot < self.max_requests for row in step.rows)
         decodes = [row for row in step.rows if len(row.tokens) == 1 and row.start > 0]
-        assert step.tokens <= self.chunk or len(decodes) == len(step.rows)
+        assert step.tokens <= max(self.chunk, len(decodes) + 1)
         assert self.scheduler.running <= self.max_requests
         for row in step.rows:
             known = [*self.requests[row.request].tokens, *self.answers[row.request]]
@@ -171,6 +171,8 @@ class Job:
         self.under_way.clear()
         self.stages = Stages(self.stages.block_tokens)
         assert (self.scheduler.running, self.scheduler.kv_blocks_used) == (0, 0)
+        with pytest.raises(AssertionError, match="no step is in flight"):
+            self.scheduler.commit(0, ())
 
     def fill(self) -> None:
         while self.step():
@@ -312,7 +314,11 @@ def test_prompts_are_cut_to_what_decode_rows_leave() -> None:
     job.add(request(2, prompt=5))
     third = job.step()
     assert third is not None
-    assert [row.request for row in third.rows] == [0, 1], "decode rows go even when the chunk is full"
+    assert [(row.request, len(row.tokens), row.samples) for row in third.rows] == [
+        (0, 1, True),
+        (1, 1, True),
+        (2, 1, False),
+    ], "decode rows fill the chunk, and still a prompt goes on"
     job.run_out()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -73,11 +74,21 @@ def test_a_name_that_does_not_resolve() -> None:
         address.routing_to("no-such-host.invalid", 1)
 
 
-def test_giving_up_is_heard() -> None:
+@pytest.mark.parametrize("wait", ["for the hosts", "for the master"])
+def test_giving_up_is_heard(wait: str) -> None:
     _server, port = store.serve_on_loopback()
-    where = rendezvous(port)
+    where = rendezvous(port, rank=1)
     client = store.connect(where, 5)
-    assert store.wait_for(client, [store.MASTER], 0.1) == [store.MASTER]
-    store.give_up(where)
-    assert store.wait_for(client, [store.MASTER], 5) == []
-    assert client.get(store.MASTER).decode() == store.GIVEN_UP
+
+    def listen() -> object:
+        if wait == "for the master":
+            return store.wait_for(client, [store.MASTER], 10)
+        return store.choose_interface(where, client, None, 10)
+
+    with ThreadPoolExecutor(1) as pool:
+        listening = pool.submit(listen)
+        with pytest.raises(TimeoutError):
+            listening.result(0.3)
+        store.give_up(where)
+        with pytest.raises(ConnectionError, match=r"^rank 0 gave up$"):
+            listening.result(5)

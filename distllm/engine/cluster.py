@@ -10,11 +10,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import psutil
 
@@ -23,7 +24,7 @@ from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
 from distllm.engine.orders import BEFORE_STEPS, Registration, Status, finished_in_words, in_words
-from distllm.net.control import AgentId, Answer, Peer, PeerLost, ask_by_name, expose
+from distllm.net.control import AgentId, Answer, Peer, PeerLost, ask_by_name, call_by_name, expose
 from distllm.net.node import Node
 
 logger = logging.getLogger(__name__)
@@ -96,19 +97,37 @@ class Cluster:
         registrations = self._gather(registrar, world_size, join_timeout_s)
         self.members = {0: self._me} | {rank: each.member for rank, each in sorted(registrations.items())}
         self._identities: dict[int, AgentId] = {rank: each.identity for rank, each in registrations.items()}
-        self._peers = {rank: Peer(identity, "worker") for rank, identity in self._identities.items()}
+        self._peers: dict[int, Peer] = {}
+        for rank, identity in self._identities.items():
+            try:
+                self._peers[rank] = Peer(identity, "worker")
+            except PeerLost as lost:
+                raise self.lost({rank: lost}, {}) from lost
 
     def _gather(self, registrar: Registrar, world_size: int, timeout_s: float) -> dict[int, Registration]:
         wanted = set(range(1, world_size))
         deadline = time.monotonic() + timeout_s
         while missing := wanted - registrar.taken().keys():
-            for rank in missing if self._local else ():
-                if ended := self._local.ended(rank):  # type: ignore[union-attr]
-                    raise EngineError(f"rank {rank} {ended} before it registered")
+            self._check_joining(wanted, registrar.taken())
             if time.monotonic() > deadline:
                 raise EngineError(f"ranks {sorted(missing)} did not register within {timeout_s:g} s; did they start?")
             time.sleep(POLL_S / 2)
         return registrar.taken()
+
+    def _check_joining(self, wanted: Iterable[int], taken: Mapping[int, Registration]) -> None:
+        """A rank that dies while others still join keeps them from it, so it must be named at once."""
+        if self._local:
+            for rank in sorted(wanted):
+                if ended := self._local.ended(rank):
+                    raise EngineError(f"rank {rank} {ended} before {'all' if rank in taken else 'it'} registered")
+            return
+        for registration in taken.values():
+            name = registration.identity.name
+            try:
+                call_by_name(name, "worker", "status", timeout_s=VERDICT_TIMEOUT_S)
+            except PeerLost as lost:
+                if not lost.timed_out:
+                    raise EngineError(f"{registration.member} is lost: {lost.reason}") from lost
 
     def shared_out(self, memory_fraction: float) -> list[Member]:
         """Members by rank; the memory and cores of a host are divided among its ranks, and GPUs dealt out."""
@@ -147,6 +166,8 @@ class Cluster:
         for rank, answer in self._ask(verb, orders, ORDER_TIMEOUT_S).items():
             if isinstance(answer, PeerLost):
                 raise self.lost({rank: answer}, {})
+            if answer is not True:
+                raise EngineError(f"{self.members[rank]} does not {verb}: it has an order of a newer epoch")
 
     def forget(self) -> None:
         """Tells all ranks to unload; one that does not hear it is found out by the next order."""
@@ -210,6 +231,27 @@ class Cluster:
             if waiting:
                 time.sleep(POLL_S)
 
+    def attend(self, ranks: Sequence[int], until: Future[Any]) -> None:
+        """Waits for what rank 0 does together with these ranks, as long as all of them are there.
+
+        Raises:
+            EngineError: a rank is lost or failed; names it.
+        """
+        while not until.done():
+            for rank, status in self.statuses(ranks, VERDICT_TIMEOUT_S).items():
+                if isinstance(status, Status):
+                    if failure := self._failure(rank, status):
+                        raise failure
+                elif not status.timed_out:  # one that is only slow has until the deadline
+                    raise self.lost({rank: status}, {rank: BEFORE_STEPS})
+            wait([until], timeout=POLL_S)
+
+    def _failure(self, rank: int, status: Status) -> EngineError | None:
+        """What went wrong within the rank itself, if anything."""
+        if not status.failure or status.ring_broke:
+            return None
+        return EngineError(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}")
+
     def verdict(self, broken: Exception, ring: list[int], last_step: int) -> EngineError:
         """Finds out who broke a ring.
 
@@ -226,17 +268,22 @@ class Cluster:
         if gone:
             return self.lost(gone, _finished(ring, heard, last_step))
         for rank, status in heard.items():
-            if status.failure and not status.ring_broke:
-                return EngineError(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}")
+            if failure := self._failure(rank, status):
+                return failure
         busy = {rank: status for rank, status in heard.items() if not status.done and status.received > status.finished}
         if last_step == BEFORE_STEPS:
             busy |= {rank: status for rank, status in heard.items() if not status.done}
-        for rank, status in busy.items():
+        if busy:
+            # Those before it are busy too, with later steps that they cannot hand on.
+            rank, status = min(busy.items(), key=lambda item: item[1].received)
             return EngineError(
                 f"{self.members[rank]} hangs in {in_words(status.received)} for {status.still_s:.0f} s; "
                 f"{finished_in_words(status.finished)}"
             )
-        return EngineError(f"the ring broke although every rank answers: {broken}; is a link between two hosts down?")
+        return EngineError(
+            f"the ring broke although every rank answers: {broken}; "
+            "was rank 0 busy for longer than cluster.deadline_s, or is a link between two hosts down?"
+        )
 
     def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> EngineError:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""

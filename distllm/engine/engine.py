@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import logging
+import itertools
+from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
@@ -14,12 +16,13 @@ from distllm.engine.delivery import Delivery, Sink
 from distllm.engine.home import home
 from distllm.engine.job import Job, Options
 from distllm.engine.master import Master
+from distllm.engine.orders import Status
 from distllm.engine.reader import Reader
 from distllm.net.store import Rendezvous
 from distllm.plan.blocks import BlockPool
 from distllm.plan.scheduler import Scheduler
 
-logger = logging.getLogger(__name__)
+STATS_TIMEOUT_S = 2.0
 
 
 class Ranks:
@@ -47,9 +50,11 @@ class Ranks:
         """Ends the ranks that this process started; those of a launcher stay for the next model."""
         if self.cluster is None:
             return
-        if self._started_here:
-            self.cluster.stop(0)
-        home.release()
+        try:
+            if self._started_here:
+                self.cluster.stop(0)
+        finally:
+            home.release()
 
 
 class Engine:
@@ -65,22 +70,20 @@ class Engine:
     """
 
     def __init__(self, options: Options, reader: Reader, launched: Rendezvous | None) -> None:
-        self._threads = torch.get_num_threads()
         self._tokenizer = reader.tokenizer
-        self._ranks: Ranks | None = None
-        self._job: Job | None = None
-        self._master: Master | None = None
-        try:
+        self._numbers = itertools.count()
+        with ExitStack() as opened:
+            opened.callback(torch.set_num_threads, torch.get_num_threads())
             self._ranks = Ranks(options, launched)
-            self._job = self.job = Job(options, reader.blueprint, self._ranks.cluster)
-            pipeline = self._job.start()
-            scheduler = _scheduler(self._job, pipeline.stages)
-            self._master = self.master = Master(pipeline, scheduler, options.engine.prompt_chunk)
-            # A thread that is within torch while the interpreter goes down would take the process with it.
-            atexit.register(self.close)
-        except BaseException:
-            self.close()
-            raise
+            opened.callback(self._ranks.close)
+            self.job = Job(options, reader.blueprint, self._ranks.cluster)
+            opened.callback(self.job.unload)
+            pipeline = self.job.start()
+            self.master = Master(pipeline, _scheduler(self.job, pipeline.stages), options.engine.prompt_chunk)
+            opened.callback(self.master.close)
+            self._opened = opened.pop_all()
+        # A thread that is within torch while the interpreter goes down would take the process with it.
+        atexit.register(self.close)
 
     def check_room(self, request: Request, name: str) -> None:
         """
@@ -96,19 +99,27 @@ class Engine:
                 f"{name} has {len(request.tokens)} tokens; there is KV room for {room}: raise engine.kv_tokens"
             )
 
-    def submit(self, request: Request, sink: Sink) -> None:
+    def submit(self, request: Request, sink: Sink) -> int:
         """Queues a request; its pieces, or the error that ends it, go to the sink, from the engine's thread.
 
+        Returns:
+            The number to cancel it by; a request that is submitted twice is answered twice.
+
         Raises:
+            ValueError: the ranks have too little KV room for it.
             EngineError: the engine has ended.
         """
+        self.check_room(request, "the prompt")
+        request = replace(request, id=next(self._numbers))
         self.master.submit(Delivery(request, self._tokenizer, sink))
+        return request.id
 
     def stats(self) -> dict[str, object]:
         """What each rank holds and how it spends its time."""
         totals = self.master.stats
-        said = self._ranks.cluster.statuses(self.job.others, 2.0) if self._ranks and self._ranks.cluster else {}
-        peaks = {0: host.peak_memory()} | {rank: getattr(status, "peak_bytes", 0) for rank, status in said.items()}
+        said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
+        peaks = {rank: status.peak_bytes for rank, status in said.items() if isinstance(status, Status)}
+        peaks[0] = host.peak_memory()
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
             spent = totals.stages[place] if place < len(totals.stages) else None
@@ -135,14 +146,7 @@ class Engine:
     def close(self) -> None:
         """Ends what was opened; once is enough, twice does no harm."""
         atexit.unregister(self.close)
-        if self._master is not None:
-            self._master.close()
-        if self._job is not None:
-            self._job.unload()
-        if self._ranks is not None:
-            self._ranks.close()
-        self._master = self._job = self._ranks = None
-        torch.set_num_threads(self._threads)
+        self._opened.close()
 
 
 def _scheduler(job: Job, stages: int) -> Scheduler:

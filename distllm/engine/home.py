@@ -6,9 +6,8 @@ torch allows one RPC agent in a process life, so the second model of a process u
 from __future__ import annotations
 
 import atexit
-import logging
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 from distllm.config import ClusterConfig
@@ -18,8 +17,6 @@ from distllm.engine.local import LocalRanks
 from distllm.net import address, control, store
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
-
-logger = logging.getLogger(__name__)
 
 
 class Home:
@@ -41,27 +38,25 @@ class Home:
         """
         self._end_at_exit()
         self._take()
-        try:
-            return self._start(config)
-        except BaseException:
-            self._busy = False
-            raise
+        with ExitStack() as on_error:
+            on_error.callback(self.release)
+            node = self._local_node(config)
+            rendezvous = replace(node.rendezvous, world_size=config.workers)
+            local = LocalRanks(rendezvous, join_timeout_s=config.join_timeout_s, deadline_s=config.deadline_s)
+            on_error.callback(node.agent.bury_others)
+            on_error.callback(local.end)
+            cluster = Cluster(node, local, config.workers, join_timeout_s=config.join_timeout_s)
+            on_error.pop_all()
+        return cluster
 
-    def _start(self, config: ClusterConfig) -> Cluster:
+    def _local_node(self, config: ClusterConfig) -> Node:
         if self._node is None:
             self._store, port = store.serve_on_loopback()
             rendezvous = Rendezvous(
                 rank=0, world_size=config.workers, host=address.LOOPBACK, port=port, job="local", one_host=True
             )
             self._node = _joined(rendezvous, config)
-        rendezvous = replace(self._node.rendezvous, world_size=config.workers)
-        local = LocalRanks(rendezvous, join_timeout_s=config.join_timeout_s, deadline_s=config.deadline_s)
-        try:
-            return Cluster(self._node, local, config.workers, join_timeout_s=config.join_timeout_s)
-        except BaseException:
-            local.end()
-            self._node.agent.bury_others()
-            raise
+        return self._node
 
     def meet(self, rendezvous: Rendezvous) -> None:
         """Promises the ranks of a launcher that they will be led, or told that they will not."""
@@ -75,6 +70,8 @@ class Home:
             ValueError, EngineError: they do not come up, or serve another model; the sentence says why.
         """
         if self._launched is None:
+            if self._node is not None:
+                raise EngineError("the ranks of the launcher did not come up the first time; start the job again")
             self._node = _joined(rendezvous, config)
             self._launched = Cluster(self._node, None, rendezvous.world_size, join_timeout_s=config.join_timeout_s)
         self._take()

@@ -6,11 +6,12 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -29,6 +30,8 @@ from distllm.plan.partition import PlanWish, human_bytes, measured, partition, r
 from distllm.plan.report import why_idle
 
 logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 WORKSPACE_BYTES = 100 * 10**6
 PROGRESS_AFTER_S = 1.0
@@ -89,7 +92,7 @@ class Job:
 
         Raises:
             ValueError: this rank's files cannot be read.
-            EngineError: another rank is lost or cannot load; names it.
+            EngineError: a rank is lost, stands still or cannot do its part; names it.
         """
         self._tell(self.plan)
         pipeline = self._form(self.plan)
@@ -114,10 +117,14 @@ class Job:
 
     def _better(self, pipeline: Pipeline) -> Plan | None:
         """A better plan, if the stages' measured times say so."""
-        try:
-            timing = time_stages(pipeline, self.options.engine)
-        except WireBroken as broken:
-            raise pipeline.verdict(broken) from broken
+        with ExitStack() as on_error:
+            on_error.enter_context(pipeline)
+            try:
+                with rank_0_is("timing the stages"):
+                    timing = time_stages(pipeline, self.options.engine)
+            except WireBroken as broken:
+                raise pipeline.verdict(broken) from broken
+            on_error.pop_all()
         logger.debug("a step takes %s", timing)
         sizes, members = measured(
             self.sizes,
@@ -148,7 +155,9 @@ class Job:
             mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self.blueprint))
             self._wait(others, mine, progress)
         logger.debug("every rank has loaded")
-        return self._join(_loaded(mine), others)
+        with rank_0_is("loading"):
+            loaded = mine.result()
+        return self._join(loaded, others)
 
     def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s
@@ -167,17 +176,21 @@ class Job:
         if cluster is None or not others:
             return Pipeline(loaded, None, cluster)
         cluster.order("join", dict.fromkeys(others, JoinOrder(self._epoch)))
-        try:
-            wire = cluster.node.wire(
+        forming = in_thread(
+            partial(
+                cluster.node.wire,
                 self._epoch,
                 position=0,
                 devices=loaded.order.devices,
                 receive_bytes=loaded.frame_bytes,
                 deadline_s=self.options.cluster.deadline_s,
             )
+        )
+        cluster.attend(others, forming)
+        try:
+            return Pipeline(loaded, forming.result(), cluster)
         except WireBroken as broken:
             raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
-        return Pipeline(loaded, wire, cluster)
 
     def _orders(self, plan: Plan) -> dict[int, LoadOrder]:
         self._epoch = self._cluster.new_epoch() if self._cluster else self._epoch + 1
@@ -222,9 +235,9 @@ def _wish(options: Options, sizes: ModelSizes) -> PlanWish:
     )
 
 
-def in_thread(action: Callable[[], Loaded]) -> Future[Loaded]:
-    """Loads beside the caller; a process that ends does not wait for it."""
-    future: Future[Loaded] = Future()
+def in_thread(action: Callable[[], Made]) -> Future[Made]:
+    """Acts beside the caller, who can watch others meanwhile; a process that ends does not wait for it."""
+    future: Future[Made] = Future()
 
     def run() -> None:
         try:
@@ -232,18 +245,24 @@ def in_thread(action: Callable[[], Loaded]) -> Future[Loaded]:
         except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
             future.set_exception(error)
 
-    threading.Thread(target=run, name="distllm-load", daemon=True).start()
+    threading.Thread(target=run, name="distllm-start", daemon=True).start()
     return future
 
 
-def _loaded(mine: Future[Loaded]) -> Loaded:
+@contextmanager
+def rank_0_is(doing: str) -> Iterator[None]:
+    """Around rank 0's own part: what is no sentence of ours becomes one.
+
+    Raises:
+        EngineError: in place of an error that the code does not expect.
+    """
     try:
-        return mine.result()
-    except (ValueError, EngineError):
+        yield
+    except (ValueError, EngineError, WireBroken):
         raise
     except Exception as error:
-        logger.debug("rank 0 failed while loading", exc_info=True)
-        raise EngineError(f"rank 0 failed while loading: {type(error).__name__}: {error}") from error
+        logger.debug("rank 0 failed while %s", doing, exc_info=True)
+        raise EngineError(f"rank 0 failed while {doing}: {type(error).__name__}: {error}") from error
 
 
 class LoadProgress:

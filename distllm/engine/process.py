@@ -19,7 +19,7 @@ from distllm.engine import host
 from distllm.engine.orders import Registration
 from distllm.engine.worker import Worker
 from distllm.model.blueprint import preload
-from distllm.net.control import PeerLost, call_by_name, expose
+from distllm.net.control import JoinFailed, PeerLost, call_by_name, expose
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
 
@@ -87,13 +87,27 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
     preload()
     try:
         node = Node(rendezvous, interface, join_timeout_s)
-        worker = Worker(rendezvous.rank, node)
-        expose("worker", worker)
+    except ConnectionError as error:
+        # When rank 0 gives up or ends, it has said why.
+        level = logging.WARNING if isinstance(error, JoinFailed) else logging.INFO
+        logger.log(level, "rank %d ends: %s", rendezvous.rank, error)
+        return 1
+    try:
+        return _serve_on(node, join_timeout_s=join_timeout_s, deadline_s=deadline_s)
+    finally:
+        node.leave()
+
+
+def _serve_on(node: Node, *, join_timeout_s: float, deadline_s: float) -> int:
+    rank = node.rendezvous.rank
+    worker = Worker(rank, node)
+    expose("worker", worker)
+    try:
         master = node.find_master(join_timeout_s)
     except ConnectionError as error:
-        logger.info("rank %d ends: %s", rendezvous.rank, error)
+        logger.info("rank %d ends: %s", rank, error)
         return 1
-    member = replace(host.describe(rendezvous.rank), life=node.life)
+    member = replace(host.describe(rank), life=node.life)
     watch = Watch(master, member, deadline_s)
     watch.listen()
     try:
@@ -101,14 +115,13 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
             master, "master", "register", Registration(member, node.identity), timeout_s=REGISTER_TIMEOUT_S
         )
     except PeerLost as lost:
-        raise ValueError(f"rank {rendezvous.rank} could not register: of the master, {lost.reason}") from lost
+        raise ValueError(f"rank {rank} could not register: of the master, {lost.reason}") from lost
     if refusal:
         raise ValueError(f"{member} was refused: {refusal}")
     threading.Thread(target=_run, args=(worker, watch), name="distllm-worker", daemon=True).start()
     code = watch.wait()
     if not watch.done.is_set():
         end_process(code)  # its loop may sit in a receive that nothing can cancel
-    node.leave()
     return code
 
 

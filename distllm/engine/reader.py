@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,10 +28,11 @@ class Reader:
         self.model = model
         self.blueprint = open_blueprint(model)
         self.tokenizer = Tokenizer.load(self.blueprint.checkpoint.path)
-        self._ids = itertools.count()
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, name: str = "the prompt") -> Request:
         """A request for the continuation of a text or of token ids, its seed drawn if it has none.
+
+        The engine that takes it gives it its number.
 
         Args:
             name: what to call the prompt in errors.
@@ -41,7 +42,7 @@ class Reader:
         """
         if prompt == "":
             return self._request((), params, name)
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _whole(prompt, name)
         return self._request(tokens, params, name)
 
     def chat_request(
@@ -68,7 +69,14 @@ class Reader:
         params = params or SamplingParams()
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
-        return Request(id=next(self._ids), tokens=tuple(tokens), params=params, eos_ids=self.tokenizer.eos_ids)
+        return Request(id=0, tokens=tuple(tokens), params=params, eos_ids=self.tokenizer.eos_ids)
+
+
+def _whole(tokens: Sequence[int], name: str) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(token) for token in tokens)
+    except TypeError as error:
+        raise ValueError(f"{name} must be a text or a list of token ids: {error}") from error
 
 
 def open_blueprint(model: ModelConfig) -> Blueprint:

@@ -103,7 +103,7 @@ class Converted:
                 continue
             try:
                 made = self._made(parameter, sources)
-            except (ValueError, RuntimeError, LookupError, TypeError) as error:
+            except Exception as error:  # whatever a converter computes with strange shapes may raise anything
                 raise ValueError(self._complaint(parameter, f"do not go together: {first_line(error)}")) from error
             for name, shape in made.items():
                 if name in parameters and shape != (wanted := tuple(parameters[name].shape)):
@@ -127,7 +127,9 @@ class Converted:
         mine = self._groups[parameter]
         for pattern, names in mine.items():
             counts = Counter(self._shape(name) for sources in kin for name in sources.get(pattern, ()))
-            usual = counts.most_common(1)[0][0]
+            (usual, most), *others = counts.most_common()
+            if others and others[0][1] == most:
+                continue
             for name in names:
                 if self._shape(name) != usual:
                     return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,8 @@ from distllm.net.address import Interface
 from distllm.net.store import reached
 
 logger = logging.getLogger(__name__)
+
+LISTEN_S = 0.005
 
 _MEMBERS = "names/_ALL_WORKER_INFOS"
 _TOKEN = "RpcGroupManagementToken"
@@ -46,11 +49,16 @@ class AgentId:
     id: int
 
 
+class JoinFailed(ConnectionError):
+    """The group cannot be joined: a member that is listed does not answer."""
+
+
 class Agent:
     """This process in the RPC group.
 
     Raises:
-        ConnectionError: another member does not answer, or the store is gone.
+        JoinFailed: another member does not answer.
+        ConnectionError: the store is gone.
     """
 
     def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float) -> None:
@@ -70,8 +78,9 @@ class Agent:
             )
         except RuntimeError as error:  # it calls every member that is listed, the dead ones too
             logger.debug("joining the group: %s", error)
-            self._strike_off(self.identity)
-            raise ConnectionError(f"cannot join the other ranks within {timeout_s:g} s; has one died?") from error
+            with reached():
+                self._strike_off(self.identity)
+            raise JoinFailed(f"cannot join the other ranks within {timeout_s:g} s; has one died?") from error
 
     def bury(self, dead: Sequence[AgentId]) -> None:
         """Forgets members that are gone, in this process and in the group's store, so that others can join."""
@@ -84,16 +93,22 @@ class Agent:
         listed = self._store.get(_MEMBERS).decode().split(",")
         members = [AgentId(name, int(number)) for name, _, number in (each.rpartition("-") for each in listed) if name]
         self.bury([member for member in members if member != self.identity])
+        self._free_token("")  # one that was not listed yet may hold it
 
     def _strike_off(self, member: AgentId) -> None:
-        listed = self._store.get(_MEMBERS).decode()
-        self._store.set(_MEMBERS, listed.replace(f"{member.name}-{member.id},", ""))
+        entry = f"{member.name}-{member.id},"
+        while self._store.check([_MEMBERS]) and entry in (listed := self._store.get(_MEMBERS).decode()):
+            self._store.compare_set(_MEMBERS, listed, listed.replace(entry, ""))  # others may change it meanwhile
         self._store.delete_key(f"names/{member.id}")
         self._store.delete_key(f"addrs/{member.name}")
-        held = self._store.get(_TOKEN).decode()
-        if member.name in held:  # it ended in the middle of joining or leaving; others wait for both of these
+        self._free_token(member.name)
+
+    def _free_token(self, name: str) -> None:
+        """Lets others join or leave, in place of one that ended in the middle of doing so."""
+        held = self._store.get(_TOKEN).decode() if self._store.check([_TOKEN]) else ""
+        if held and name in held:
             self._store.set(_TOKEN, "")
-            self._store.set(held, "Done")
+            self._store.set(held, "Done")  # who waits, waits for this
 
 
 def bury_here(dead: AgentId) -> None:
@@ -146,11 +161,18 @@ _references: list[Any] = []
 
 
 class Peer:
-    """A remote reference to an exposed object of another process."""
+    """A remote reference to an exposed object of another process.
+
+    Raises:
+        PeerLost: the connection is closed.
+    """
 
     def __init__(self, identity: AgentId, key: str) -> None:
         self.identity = identity
-        self._reference = rpc.remote(identity.name, _exposed, args=(key,))
+        try:
+            self._reference = rpc.remote(identity.name, _exposed, args=(key,))
+        except RuntimeError as error:
+            raise _lost(identity.name, error) from error
         _references.append(self._reference)
 
     def ask(self, verb: str, *args: object, timeout_s: float) -> Answer:
@@ -175,6 +197,8 @@ class Answer:
             PeerLost: no answer within the call's time, or the connection is closed.
         """
         try:
+            while not self._future.done():  # waiting within torch would not hear signals
+                time.sleep(LISTEN_S)
             return self._future.wait()
         except RuntimeError as error:
             raise _lost(self._name, error) from error

@@ -25,7 +25,7 @@ class Node:
 
     Raises:
         ValueError: the store cannot be reached or opened, the interface does not exist, or ranks are missing.
-        ConnectionError: the store is gone, or another rank died meanwhile.
+        ConnectionError: the store is gone, rank 0 gave up, or another rank died meanwhile.
     """
 
     def __init__(self, rendezvous: Rendezvous, interface: str | None, join_timeout_s: float) -> None:
@@ -39,6 +39,7 @@ class Node:
             if rendezvous.one_host
             else store.choose_interface(rendezvous, self.store, interface, join_timeout_s)
         )
+        self._wire_store = store.connect(rendezvous, CONNECT_TIMEOUT_S)
         name = f"rank{rendezvous.rank}_{self.life}"
         self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, join_timeout_s)
 
@@ -66,8 +67,6 @@ class Node:
             raise ValueError(f"rank 0 did not come up within {timeout_s:g} s")
         with store.reached():
             name: str = self.store.get(store.MASTER).decode()
-        if name == store.GIVEN_UP:
-            raise ConnectionError("rank 0 gave up")
         return name
 
     def new_epoch(self) -> int:
@@ -86,7 +85,7 @@ class Node:
             WireBroken: it did not form within the deadline.
         """
         return Wire(
-            self.store,
+            self._wire_store,
             epoch,
             self.interface,
             position=position,

@@ -129,13 +129,20 @@ def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
     """Waits until keys are set, in slices, so that signals are heard; returns those that are still missing.
 
     Raises:
-        ConnectionError: the store is gone.
+        ConnectionError: the store is gone, or rank 0 gave up.
     """
     deadline = time.monotonic() + timeout_s
     with reached():
         while (missing := [key for key in keys if not store.check([key])]) and time.monotonic() < deadline:
+            _check_given_up(store)
             time.sleep(POLL_S)
+        _check_given_up(store)
     return missing
+
+
+def _check_given_up(store: Store) -> None:
+    if store.check([MASTER]) and store.get(MASTER) == GIVEN_UP.encode():
+        raise ConnectionError("rank 0 gave up")
 
 
 def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, timeout_s: float) -> Interface:
@@ -143,7 +150,7 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
 
     Raises:
         ValueError: a rank did not say in time where it is, or the interface does not exist.
-        ConnectionError: the store is gone.
+        ConnectionError: the store is gone, or rank 0 gave up.
     """
     with reached():
         store.set(f"host/{rendezvous.rank}", address.network_id())

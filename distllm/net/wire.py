@@ -64,8 +64,8 @@ class Wire:
             logger.warning("rank at %d of the ring: frames to the next GPU go through host memory", position)
         options = ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=deadline_s)
-        options._devices = [ProcessGroupGloo.create_device(hostname=interface.address)]
         try:
+            options._devices = [ProcessGroupGloo.create_device(hostname=interface.address)]
             self._group: Any = ProcessGroupGloo(PrefixStore(f"wire/{epoch}", store), position, size, options)
         except RuntimeError as error:
             logger.debug("the ring of epoch %d: %s", epoch, error)

@@ -168,15 +168,16 @@ class Scheduler:
         """Rows for requests that are in no step yet; None if there are none, or enough steps are in flight.
 
         A step takes its equal share of the requests for decode rows, then fills what they leave of the prompt chunk
-        with prompt rows, those of running requests first. Older requests go first. None does not mean that nothing
-        changed (requests may have been preempted), and it never comes while there is work and no step in flight.
+        with prompt rows, those of running requests first; if they leave nothing, prompts go on by one token all the
+        same. Older requests go first. None does not mean that nothing changed (requests may have been preempted), and
+        it never comes while there is work and no step in flight.
         """
         if len(self._flights) >= self._steps_in_flight:
             return None
         share = -(-len(self._running) // self._steps_in_flight)
         decoding = [job for job in self._running if job.decodes and not job.in_flight][:share]
         given = self._give_rows(iter(decoding), len(decoding))
-        given += self._give_rows(self._prompting(), self._prompt_chunk - len(given))
+        given += self._give_rows(self._prompting(), max(1, self._prompt_chunk - len(given)))
         if not given:
             return None
         step = Step(self._next_step, tuple(row for _, row in given))

@@ -82,7 +82,7 @@ def test_slow_ranks_get_short_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert llm.generate([prompt], PARAMS)[0].token_ids == wanted[0].token_ids
     monkeypatch.setattr(pace, "FIRST_CHUNK", 400)
     llm = LLM(folder, cluster=cluster, plan=plan, engine=EngineConfig(prompt_chunk=400))
-    with llm, pytest.raises(EngineError):
+    with llm, pytest.raises(EngineError, match=r"was rank 0 busy for longer than cluster\.deadline_s"):
         llm.generate([prompt], PARAMS)
 
 

@@ -136,6 +136,9 @@ sys.exit(serve_here(ClusterConfig(deadline_s=float(sys.argv[1]))))
 """
 
 
+FORMING_S = 60  # a death is noticed at once, however long the ring may take
+
+
 @pytest.mark.parametrize(
     ("kind", "place", "verdict"),
     [
@@ -154,12 +157,14 @@ sys.exit(serve_here(ClusterConfig(deadline_s=float(sys.argv[1]))))
 def test_a_fault_is_told_wherever_it_strikes(start: Start, endless: Path, kind: str, place: str, verdict: str) -> None:
     launcher = ["WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
     options = [f"plan.calibrate={'true' if place == 'timing' else 'false'}", f"cluster.load_timeout_s={DEADLINE_S}"]
+    if kind == "die":
+        options.append(f"cluster.deadline_s={FORMING_S}")
     rank0 = [sys.executable, "-m", "distllm.run", *words(endless), *options]
     rank1 = [sys.executable, "-c", FAULTY_RANK, str(DEADLINE_S), kind, place]
     job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((rank0, rank1))])
     job.wait_for_error("the fault happens")
     began = time.monotonic()
-    assert all(job.wait(END_S + DEADLINE_S)), f"over after {time.monotonic() - began:.1f} s"
+    assert all(job.wait(END_S + (DEADLINE_S if kind == "hang" else 0))), f"over after {time.monotonic() - began:.1f} s"
     (sentence,) = job.errors()
     assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}", sentence), sentence
 
@@ -187,6 +192,49 @@ def test_a_master_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(EngineError, match=r"^rank 0 failed while loading: RuntimeError: no memory for the weights$"):
         LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
     assert not psutil.Process().children()
+
+
+def test_a_master_that_cannot_time_the_stages_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_stages(*_: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(job, "time_stages", time_stages)
+    folder = tiny_checkpoint(tmp_path)
+    with pytest.raises(EngineError, match=r"^rank 0 failed while timing the stages: RuntimeError: no such kernel$"):
+        LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
+    assert not psutil.Process().children()
+
+
+REGISTERED = """
+import os, signal, sys, time
+from distllm.engine.cluster import Registrar
+from distllm.engine.home import home
+from distllm.core import EngineError
+from distllm.config import ClusterConfig
+from distllm.engine import local
+
+register = Registrar.register
+
+def register_and_kill(self, registration):
+    answer = register(self, registration)
+    os.kill(registration.member.pid, signal.SIGKILL)
+    print("killed", registration.member, flush=True)
+    return answer
+
+Registrar.register = register_and_kill
+local.sys.executable = sys.argv[1]
+try:
+    home.start(ClusterConfig(workers=3))
+except EngineError as error:
+    print(error)
+"""
+
+
+def test_a_registered_rank_that_dies_while_others_start_is_named(tmp_path: Path) -> None:
+    done = run_with_faulty_python(REGISTERED, "sleep 10", tmp_path)
+    killed, sentence = done.stdout.splitlines()
+    assert killed.startswith("killed rank 1 ")
+    assert sentence == "rank 1 killed by SIGKILL before all registered"
 
 
 def test_a_killed_master_leaves_no_worker(start: Start, endless: Path) -> None:
@@ -260,14 +308,19 @@ cluster.stop(0)
 """
 
 
+def run_with_faulty_python(script: str, fault: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script with a Python, its first word, that does this in the shell before it becomes rank 2."""
+    (python := folder / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *--rank=2*) {fault};; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o700)
+    command = [sys.executable, "-c", script, str(python)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+
 def test_ranks_start_after_others_have_died_half_started(tmp_path: Path) -> None:
     """Rank 1 has joined the group when rank 2 ends without a word; the next ranks find nobody to wait for."""
-    (faulty := tmp_path / "python").write_text(
-        f'#!/bin/sh\ncase "$*" in *--rank=2*) sleep 8; exit 3;; esac\nexec {sys.executable} "$@"\n'
-    )
-    faulty.chmod(0o700)
-    command = [sys.executable, "-c", HALF_STARTED, str(faulty)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = run_with_faulty_python(HALF_STARTED, "sleep 8; exit 3", tmp_path)
     assert done.stdout.splitlines() == ["rank 2 exited with code 3 before it registered", "[0, 1]"], done.stderr
 
 

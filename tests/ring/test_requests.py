@@ -13,7 +13,8 @@ import pytest
 from fakes import tiny_checkpoint
 
 from distllm import LLM, SamplingParams
-from distllm.config import ClusterConfig, EngineConfig
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig
+from distllm.engine.reader import Reader
 
 SAMPLED = SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=200, repetition_penalty=1.1, seed=1234)
 
@@ -109,6 +110,22 @@ def test_a_program_may_end_in_the_middle_of_an_answer(tmp_path: Path, ranks: str
     command = [sys.executable, "-c", NEVER_CLOSED, str(tiny_checkpoint(tmp_path)), ranks]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+def test_a_request_that_cannot_be_answered_harms_no_other(tmp_path: Path) -> None:
+    reader = Reader(ModelConfig(path=str(tiny_checkpoint(tmp_path))))
+    short = SamplingParams(max_tokens=3, ignore_eos=True)
+    long, twice = reader.request("x" * 200, short), reader.request("hello", short)
+    with LLM(reader, cluster=ClusterConfig(threads=1), engine=EngineConfig(kv_tokens=64, block_tokens=16)) as llm:
+        for ask in (llm.stream, lambda request: llm.answer([("", twice), ("", request)])):
+            with pytest.raises(ValueError, match="the prompt has 200 tokens; there is KV room for 64"):
+                list(ask(long))
+        with pytest.raises(ValueError, match="prompt 0 must be a text or a list of token ids: 'float'"):
+            llm.generate([[1.0, 2.0]])  # type: ignore[list-item]
+        both = llm.answer([("", twice), ("", twice)])
+        assert len(both[0].token_ids) == 3
+        assert both[0].token_ids == both[1].token_ids
+        assert llm.stats()["kv_blocks_used"] == 0
 
 
 @pytest.mark.parametrize("prompt", ["", []])
