@@ -243,7 +243,7 @@ class Cluster:
                     if failure := self._failure(rank, status):
                         raise failure
                 elif not status.timed_out:  # one that is only slow has until the deadline
-                    raise self.lost({rank: status}, {rank: BEFORE_STEPS})
+                    raise self.lost({rank: status}, {})
             wait([until], timeout=POLL_S)
 
     def _failure(self, rank: int, status: Status) -> EngineError | None:

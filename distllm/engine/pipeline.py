@@ -20,6 +20,8 @@ from distllm.net.frame import Frame, Kind, StageTime
 from distllm.net.wire import Wire
 
 PULSES_PER_DEADLINE = 4
+# A rank that dies while the ring is idle is noticed at the next pulse, however long the deadline.
+PULSE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class Pipeline:
         self.kv_tokens = loaded.order.plan.kv_tokens
         self.stages = len(loaded.order.plan.stages)
         self.deadline_s = loaded.order.deadline_s
-        self.pulse_s = self.deadline_s / PULSES_PER_DEADLINE if wire else None
+        self.pulse_s = min(PULSE_S, self.deadline_s / PULSES_PER_DEADLINE) if wire else None
 
     @property
     def in_flight(self) -> int:

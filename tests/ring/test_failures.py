@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,10 +145,10 @@ FORMING_S = 60  # a death is noticed at once, however long the ring may take
     [
         ("raise", "load", ": RuntimeError: no such kernel"),
         ("hang", "load", r" stands still while loading for \d s"),
-        ("die", "load", " is lost: its connection is closed"),
+        ("die", "load", " is lost: its connection is closed$"),
         ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
         ("hang", "join", r" hangs in the forming of the ring for \d s; it finished no step of a request"),
-        ("die", "join", " is lost: its connection is closed; it finished no step of a request"),
+        ("die", "join", " is lost: its connection is closed$"),
         ("hang", "timing", r" hangs in a step that times the stages for \d s; it finished no step of a request"),
         ("die", "timing", " is lost: its connection is closed; it finished no step of a request"),
         ("raise", "step", " failed in step 5: RuntimeError: no such kernel"),
@@ -167,6 +168,23 @@ def test_a_fault_is_told_wherever_it_strikes(start: Start, endless: Path, kind: 
     assert all(job.wait(END_S + (DEADLINE_S if kind == "hang" else 0))), f"over after {time.monotonic() - began:.1f} s"
     (sentence,) = job.errors()
     assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}", sentence), sentence
+
+
+def test_a_death_in_an_idle_ring_is_noticed_before_a_long_deadline(tmp_path: Path) -> None:
+    cluster = ClusterConfig(workers=2, threads=1, deadline_s=600)
+    with LLM(tiny_checkpoint(tmp_path), cluster=cluster) as llm:
+        (worker,) = psutil.Process().children()
+        strike(worker, signal.SIGKILL)
+        deadline = time.monotonic() + END_S
+        while time.monotonic() < deadline and not noticed():
+            time.sleep(0.5)
+        assert noticed()
+        with pytest.raises(EngineError, match=rf"rank 1 \(host \S+, pid {worker.pid}\) is lost: killed by SIGKILL"):
+            llm.generate("hello")
+
+
+def noticed() -> bool:
+    return not any(thread.name == "distllm-master" for thread in threading.enumerate())
 
 
 def test_a_verdict_that_fails_still_ends_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
