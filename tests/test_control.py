@@ -152,6 +152,23 @@ def test_a_reference_to_a_buried_peer_can_be_dropped(port: int) -> None:
         _end(processes)
 
 
+@pytest.mark.timeout(60)
+def test_a_rank_that_cannot_join_says_so(port: int) -> None:
+    processes = [peer := Process(PEER, 1, port)]
+    try:
+        assert peer.hear()
+        os.kill(peer.popen.pid, signal.SIGKILL)
+        assert peer.popen.wait(10) == -signal.SIGKILL
+        command = [sys.executable, "-m", "distllm.engine", "--rank=2", "--world-size=3", "--host=127.0.0.1"]
+        command += [f"--port={port}", "--job=t", "--join-timeout-s=5", "--deadline-s=5"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as rank:
+            assert rank.wait(40) == 1
+            said = rank.stderr.read()
+        assert "rank 2 ends: cannot join the other ranks within 5 s; has one died?" in said
+    finally:
+        _end(processes)
+
+
 def _end(processes: list[Process]) -> None:
     for process in processes:
         process.popen.kill()

@@ -21,6 +21,7 @@ from fakes import tiny_checkpoint
 from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig
 from distllm.engine import job
+from distllm.engine.home import home
 from distllm.engine.pipeline import Pipeline
 
 DEADLINE_S = 3
@@ -221,6 +222,47 @@ def test_a_master_that_cannot_time_the_stages_says_why(tmp_path: Path, monkeypat
     with pytest.raises(EngineError, match=r"^rank 0 failed while timing the stages: RuntimeError: no such kernel$"):
         LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
     assert not psutil.Process().children()
+
+
+def test_an_order_of_an_older_epoch_is_refused_aloud() -> None:
+    cluster = home.start(ClusterConfig(workers=2))
+    try:
+        cluster.order("unload", {1: 5})
+        with pytest.raises(EngineError, match=r"^rank 1 .* does not unload: it has an order of a newer epoch$"):
+            cluster.order("unload", {1: 4})
+    finally:
+        cluster.stop(0)
+        home.release()
+
+
+LED_TWICE = """
+import sys
+from distllm.config import ClusterConfig
+from distllm.core import EngineError
+from distllm.engine import home
+from distllm.net.store import Rendezvous
+
+where = Rendezvous(rank=0, world_size=1, host="127.0.0.1", port=int(sys.argv[1]), job="t", hosts_store=True)
+make = home.Cluster
+
+def fail(*_, **__):
+    raise EngineError("ranks did not register")
+
+home.Cluster = fail
+for _ in range(2):
+    try:
+        home.home.lead(where, ClusterConfig())
+    except EngineError as error:
+        print(error)
+    home.Cluster = make
+"""
+
+
+def test_ranks_that_did_not_come_up_are_not_led_again() -> None:
+    command = [sys.executable, "-c", LED_TWICE, str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    again = "the ranks of the launcher did not come up the first time; start the job again"
+    assert done.stdout.splitlines() == ["ranks did not register", again]
 
 
 REGISTERED = """
