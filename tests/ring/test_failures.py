@@ -202,24 +202,16 @@ def test_a_verdict_that_fails_still_ends_what_waits(tmp_path: Path, monkeypatch:
             list(stream)
 
 
-def test_a_master_that_cannot_load_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*_: object) -> None:
-        raise RuntimeError("no memory for the weights")
-
-    monkeypatch.setattr(job, "load", load)
-    folder = tiny_checkpoint(tmp_path)
-    with pytest.raises(EngineError, match=r"^rank 0 failed while loading: RuntimeError: no memory for the weights$"):
-        LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
-    assert not psutil.Process().children()
-
-
-def test_a_master_that_cannot_time_the_stages_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def time_stages(*_: object) -> None:
+@pytest.mark.parametrize(("part", "doing"), [("load", "loading"), ("time_stages", "timing the stages")])
+def test_a_master_that_fails_while_it_starts_says_why(
+    part: str, doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(job, "time_stages", time_stages)
+    monkeypatch.setattr(job, part, fail)
     folder = tiny_checkpoint(tmp_path)
-    with pytest.raises(EngineError, match=r"^rank 0 failed while timing the stages: RuntimeError: no such kernel$"):
+    with pytest.raises(EngineError, match=rf"^rank 0 failed while {doing}: RuntimeError: no such kernel$"):
         LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
     assert not psutil.Process().children()
 
