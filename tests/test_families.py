@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
+from architectures import WINDOW, architecture_config
 from fakes import CONTEXT, KINDS, tiny_config
 from transformers import AutoConfig, PretrainedConfig
 
@@ -44,10 +45,9 @@ def test_parts_are_found(kind: str) -> None:
     config = tiny_config(kind)
     before = copy.deepcopy(config.to_dict())
     anatomy = families.inspect(config)
-    parts = ("wte", "h", "ln_f") if kind == "gpt2" else ("embed_tokens", "layers", "norm")
-    assert (anatomy.embed, anatomy.layers, anatomy.norm) == parts
-    assert anatomy.positions == ("wpe" if kind == "gpt2" else None)
-    assert anatomy.input_scale == ("embedding_multiplier" if kind == "granite" else None)
+    parts = ("wte", "h", ("ln_f",)) if kind == "gpt2" else ("embed_tokens", "layers", ("norm",))
+    assert (anatomy.embed, anatomy.layers, anatomy.after) == parts
+    assert (anatomy.before, anatomy.positions) == ((("drop",), ("wpe",)) if kind == "gpt2" else ((), ()))
     assert anatomy.context_length == (128 if kind == "phi3_longrope" else CONTEXT)
     groups = 4 if kind == "gpt2" else 2
     assert [layer.shape for layer in anatomy.attention] == [KVShape(groups, 16, 16)] * 5
@@ -69,9 +69,33 @@ def test_windows_of_the_layers(kind: str, windows: list[int | None]) -> None:
     assert [layer.window for layer in families.inspect(tiny_config(kind)).attention] == windows
 
 
-def test_softcap_of_the_layers() -> None:
-    assert {layer.softcap for layer in families.inspect(tiny_config("gemma2")).attention} == {50.0}
-    assert {layer.softcap for layer in families.inspect(tiny_config("llama")).attention} == {None}
+def test_windows_and_chunks_that_are_only_in_the_mask() -> None:
+    """Of these, transformers tells the attention function nothing."""
+    config = architecture_config("qwen2_moe")
+    wanted = [WINDOW if kind == "sliding_attention" else None for kind in config.layer_types]
+    assert set(wanted) == {WINDOW, None}
+    assert [layer.window for layer in families.inspect(config).attention] == wanted
+    chunks = [layer.chunk for layer in families.inspect(architecture_config("llama4_text")).attention]
+    assert chunks == [16, 16, 16, None]
+
+
+def test_parts_inside_of_a_decoder() -> None:
+    anatomy = families.inspect(architecture_config("opt"))
+    assert (anatomy.embed, anatomy.layers) == ("decoder.embed_tokens", "decoder.layers")
+    assert anatomy.positions == ("decoder.embed_positions",)
+    assert anatomy.after == ("decoder.final_layer_norm",)
+    narrow = architecture_config("opt")
+    narrow.word_embed_proj_dim = 32
+    anatomy = families.inspect(narrow)
+    assert anatomy.before == ("decoder.project_in",)
+    assert anatomy.after == ("decoder.final_layer_norm", "decoder.project_out")
+
+
+def test_a_model_that_does_not_name_its_base() -> None:
+    with torch.device("meta"):
+        model = families.build(architecture_config("llama4_text"), torch.bfloat16)
+    assert model.base_model is model
+    assert families.base_of(model) is model.model
 
 
 def test_keys_and_values_of_different_sizes() -> None:
@@ -121,11 +145,11 @@ def test_buffers_are_real_where_only_parameters_are_on_meta() -> None:
     [
         ("t5", {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 64}, "an encoder"),
         ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, "state distllm cannot keep"),
-        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "cannot be cut into stages"),
-        ("gpt_oss", SMALL | {"num_local_experts": 4, "sliding_window": 8}, "needs s_aux"),
-        ("llama4_text", SMALL | {"intermediate_size_mlp": 32, "num_local_experts": 2}, "chunked_attention"),
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "an attention of its own (ALiBi"),
+        ("gptj", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 64, "rotary_dim": 8}, "attention of its own"),
         ("qwen3_next", SMALL | {"num_experts": 4}, "linear_attention"),
-        ("bert", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "cannot be cut into stages"),
+        ("bert", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}, "looks at later tokens"),
+        ("bart", {"d_model": 32, "is_encoder_decoder": False, "vocab_size": 64}, "counts positions by itself"),
         ("vit", {"hidden_size": 32, "num_hidden_layers": 2}, "is not a causal language model"),
     ],
 )
@@ -168,35 +192,27 @@ def test_a_window_that_holds_nothing(window: int) -> None:
 def test_attention_that_looks_both_ways() -> None:
     sentence = refusal(tiny_config("gemma3_text", use_bidirectional_attention=True))
     assert "gemma3_text" in sentence
-    assert "later tokens" in sentence
-
-
-def test_a_window_that_is_only_in_the_mask() -> None:
-    values = SMALL | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
-    full = transformers.Qwen2MoeConfig(**values)
-    assert {layer.window for layer in families.inspect(full).attention} == {None}
-    windowed = transformers.Qwen2MoeConfig(**values, use_sliding_window=True, sliding_window=8, max_window_layers=2)
-    assert "layer 0 has a sliding window only in its mask" in refusal(windowed)
+    assert "masks of its own" in sentence
 
 
 def test_masks_of_the_models_own() -> None:
     sentence = refusal(AutoConfig.for_model("doge", **SMALL))
-    assert "needs masks of its own" in sentence
+    assert sentence == "doge has an attention of its own (ALiBi, for example), whose state distllm cannot keep"
 
 
 def test_a_scaled_input_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite multiplies what it is given; if the table did not say so, a cut model would multiply twice."""
     config = tiny_config("granite", embedding_multiplier=12.0)
     check_passes_through(config, families.inspect(config))
-    monkeypatch.setattr(families, "INPUT_SCALES", {})
+    monkeypatch.setattr(families, "INPUT_SCALE", "nonesuch")
     sentence = refusal(config)
     assert "granite changes the hidden states before its first layer" in sentence
 
 
-def test_weights_outside_of_the_known_parts_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config("gpt2")
-    monkeypatch.setattr(families, "POSITIONS", {})
-    assert "gpt2 has transformer.wpe.weight outside of its embeddings, layers, norm and head" in refusal(config)
+def test_weights_outside_of_the_known_parts_are_noticed() -> None:
+    """Its head has a layer and a norm before it, which belong neither to the base model nor to the head."""
+    sentence = refusal(architecture_config("modernbert-decoder"))
+    assert "modernbert-decoder has lm_head.dense.weight outside of its embeddings, layers, norm and head" in sentence
 
 
 def test_longrope_keeps_to_the_context_in_which_rows_do_not_see_each_other() -> None:

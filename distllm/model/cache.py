@@ -97,7 +97,7 @@ class Layout:
     positions_T: torch.Tensor
     places_T: torch.Tensor
     rows: tuple[RowPlace, ...]
-    masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int, int | None, int | None], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, step: Step, block_tokens: int, device: torch.device) -> Layout:

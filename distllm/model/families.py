@@ -1,12 +1,16 @@
 """Where the parts of a transformers model are, and whether it can be cut into stages.
 
-Everything is asked of transformers itself; the tables below hold only what it does not declare. Knows no weights.
+Nothing is known of any architecture beforehand. The model is built without weights, one token is run through its
+shapes, and what is seen on the way tells the parts apart: the layers are the list whose members ask for attention, what
+works before the first of them belongs to the embeddings, and what works after the last of them to the head. What each
+layer may look at is read off the mask that transformers would make for it. Knows no weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,37 +18,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from distllm.model.attention import ATTENTION, AttentionKind, AttentionRecorder
+from distllm.model.attention import ATTENTION, INSPECTION, AskedMask, AttentionKind, AttentionRecorder
 from distllm.model.checkpoint import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Embeddings, layers and final norm of base models that declare no `base_model_pp_plan`.
-UNDECLARED = {"gpt2": ("wte", "h", "ln_f")}
-
 # Layers that keep keys and values; `layer_types` of a configuration also names those that keep other states.
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
-# Modules whose output is added to the embeddings, wherever the input comes from.
-POSITIONS = {"gpt2": "wpe"}
+# The factor by which a base model multiplies its input embeddings, wherever they come from.
+INPUT_SCALE = "embedding_multiplier"
 
-# Factors by which a base model multiplies its input embeddings, wherever they come from.
-INPUT_SCALES = {"granite": "embedding_multiplier", "granitemoe": "embedding_multiplier"}
+LAYER = re.compile(r"(?P<layers>.+?)\.(?P<number>\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
     """Names of the parts of a model, relative to its base model, and what its layers keep of the past.
 
-    `attention` has one entry a layer.
+    `before` are the parts that turn embeddings into what the first layer takes, `positions` those whose output is
+    added to them, `after` those behind the last layer. `attention` has one entry a layer.
     """
 
     embed: str
+    before: tuple[str, ...]
+    positions: tuple[str, ...]
     layers: str
-    norm: str
-    positions: str | None
-    input_scale: str | None
+    after: tuple[str, ...]
     attention: tuple[AttentionKind, ...]
     context_length: int
 
@@ -66,12 +67,21 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def build(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build(config: PretrainedConfig, dtype: torch.dtype, attention: str = ATTENTION) -> PreTrainedModel:
     """The whole model without weights, with our attention; transformers would write into the configuration itself."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=ATTENTION)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head. One that names it wrongly is looked through: it is the model that it holds."""
+    from transformers import PreTrainedModel
+
+    inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
+    base: PreTrainedModel = model.base_model if model.base_model is not model else next(inner, model)
+    return base
 
 
 def inspect(config: PretrainedConfig) -> Anatomy:
@@ -88,22 +98,131 @@ def inspect(config: PretrainedConfig) -> Anatomy:
         raise ValueError(f"{kind} has layers of type {', '.join(sorted(strange))}, whose state distllm cannot keep")
     with torch.device("meta"):
         try:
-            model = build(config, torch.bfloat16)  # some kernels know no other type on the meta device
+            model = build(config, torch.bfloat16, INSPECTION)  # some kernels know no other type on the meta device
         except Exception as error:  # whatever transformers computes with a strange size may raise anything
-            raise ValueError(
-                f"{kind} is not a causal language model that transformers can build from its config.json: "
-                f"{first_line(error)}"
-            ) from error
-    embed, layers, norm = _parts(model.base_model, kind)
+            trouble = f"{kind} is not a causal language model that transformers can build from its config.json"
+            raise _refusal(kind, trouble, error) from error
+    return _observe(model)
+
+
+def _refusal(kind: str, trouble: str, error: Exception) -> ValueError:
+    """What is wrong with a model, by what it raises; one that asks otherwise for attention stumbles over ours."""
+    text = first_line(error)
+    if any(word in text for word in (AskedMask.__name__, INSPECTION)):
+        return ValueError(f"{kind} has an attention of its own (ALiBi, for example), whose state distllm cannot keep")
+    return ValueError(f"{trouble}: {text}")
+
+
+def _observe(model: PreTrainedModel) -> Anatomy:
+    """Runs one token through a model on the meta device and notes who does what."""
+    kind, base = model.config.model_type, base_of(model)
+    place_11 = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    recorder, watch = AttentionRecorder(), Watch(base, place_11)
+    recorder.attach(model)
+    mask_11 = torch.ones(1, 1, dtype=torch.bool, device="meta")  # without one, some look into the positions
+    hidden_11D = torch.zeros(1, 1, model.get_input_embeddings().embedding_dim, dtype=model.dtype, device="meta")
+    try:
+        model(inputs_embeds=hidden_11D, attention_mask=mask_11, position_ids=place_11, use_cache=False)
+    except (TypeError, RuntimeError, AttributeError, ArithmeticError, LookupError, ValueError) as error:
+        raise _refusal(kind, f"{kind} does not run one token at a time through its layers", error) from error
+    layers = _layers(kind, base, recorder.kinds)
+    found = _attention_of_layers(model, len(base.get_submodule(layers)), recorder.kinds)
+    try:
+        before, positions, after = watch.around(layers)
+    except ValueError as error:
+        raise ValueError(f"{kind} cannot be cut into stages: {error}") from error
+    if twice := sorted({*before, *positions} & set(after)):
+        raise ValueError(f"{kind} uses its {twice[0]} before and after its layers; it cannot be cut into stages")
     return Anatomy(
-        embed=embed,
+        embed=_name_of(base, model.get_input_embeddings()),
+        before=before,
+        positions=positions,
         layers=layers,
-        norm=norm,
-        positions=POSITIONS.get(kind),
-        input_scale=INPUT_SCALES.get(kind),
-        attention=_attention_of_layers(model, layers),
-        context_length=_context_length(config),
+        after=after,
+        attention=found,
+        context_length=_context_length(model.config),
     )
+
+
+class Watch:
+    """Notes in which order the modules of a base model work, and on what; `place_11` is where the token is."""
+
+    def __init__(self, base: nn.Module, place_11: torch.Tensor) -> None:
+        self._place_11 = place_11
+        self._order: list[str] = []
+        self._took: dict[str, str] = {}
+        for name, module in base.named_modules():
+            if name:
+                module.register_forward_hook(self._noting(name), with_kwargs=True)
+
+    def _noting(self, name: str) -> Callable[..., None]:
+        def note(_module: nn.Module, args: tuple[object, ...], named: dict[str, object], out: object) -> None:
+            given = [each for each in (*args, *named.values()) if isinstance(each, torch.Tensor)]
+            self._order.append(name)
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                hidden = any(each.is_floating_point() and each.dim() == 3 for each in given)
+                place = any(each is self._place_11 for each in given)
+                self._took[name] = "hidden" if hidden else "place" if place else "something else"
+
+        return note
+
+    def around(self, layers: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """Names of what works before the layers on hidden states, of what makes positions of its own, and of what
+        works after the layers; what gives no hidden states, such as rotary embeddings, is needed everywhere."""
+        inside = [index for index, name in enumerate(self._order) if name.startswith(f"{layers}.")]
+        first, last = inside[0], inside[-1]
+        steps = layers.split(".")
+        path = {".".join(steps[:depth]) for depth in range(len(steps) + 1)}
+        parts = [
+            (index, name)
+            for index, name in enumerate(self._order)
+            if name.rpartition(".")[0] in path and name not in path and name in self._took
+        ]
+        before = [name for index, name in parts if index < first]
+        if strange := [name for name in before if self._took[name] == "something else"]:
+            raise ValueError(f"its {strange[0]} counts positions by itself, as if a step were one sequence")
+        return (
+            tuple(dict.fromkeys(name for name in before if self._took[name] == "hidden")),
+            tuple(dict.fromkeys(name for name in before if self._took[name] == "place")),
+            tuple(dict.fromkeys(name for index, name in parts if index > last)),
+        )
+
+
+def _layers(kind: str, base: nn.Module, asked: Mapping[int, tuple[nn.Module, AttentionKind]]) -> str:
+    """The name of the list whose members asked for attention."""
+    names = {module: name for name, module in base.named_modules()}
+    found = set()
+    for index, (module, _) in asked.items():
+        place = LAYER.match(names.get(module, ""))
+        if place is None or int(place["number"]) != index:
+            raise ValueError(f"{kind}: layer {index} is not in one list with the others; it cannot be cut into stages")
+        found.add(place["layers"])
+    if len(found) != 1:
+        raise ValueError(
+            f"{kind} has no list of layers that use transformers' attention interface "
+            "(ALiBi, recurrent or linear attention, or an attention of its own); it cannot be cut into stages"
+        )
+    return str(found.pop())
+
+
+def _attention_of_layers(
+    model: PreTrainedModel, count: int, asked: Mapping[int, tuple[nn.Module, AttentionKind]]
+) -> tuple[AttentionKind, ...]:
+    kind = model.config.model_type
+    missing = [index for index in range(count) if index not in asked]
+    if missing:
+        raise ValueError(
+            f"{kind}: layer {missing[0]} does not use transformers' attention interface "
+            "(ALiBi, recurrent or linear attention); its state cannot be kept by distllm"
+        )
+    types = getattr(model.config, "layer_types", None) or ()
+    found = []
+    for index in range(count):
+        layer = asked[index][1]
+        if layer.window is not None and layer.window < 1:
+            raise ValueError(f"{kind}: layer {index} has a sliding window of {layer.window}: it must be at least 1")
+        found.append(layer.chunked() if types[index : index + 1] == ["chunked_attention"] else layer)
+    return tuple(found)
 
 
 def _context_length(config: PretrainedConfig) -> int:
@@ -120,45 +239,5 @@ def _context_length(config: PretrainedConfig) -> int:
     return min(longest, int(original or longest))
 
 
-def _parts(base: PreTrainedModel, kind: str) -> tuple[str, str, str]:
-    declared = getattr(base.config, "base_model_pp_plan", None)
-    names = UNDECLARED.get(kind) or (tuple(declared) if declared else ())
-    lists = [name for name in names if isinstance(getattr(base, name, None), nn.ModuleList)]
-    if len(names) < 3 or len(lists) != 1:
-        raise ValueError(
-            f"{kind} does not say where its embeddings, layers and final norm are; it cannot be cut into stages"
-        )
-    return names[0], lists[0], names[-1]
-
-
-def _attention_of_layers(model: PreTrainedModel, layers: str) -> tuple[AttentionKind, ...]:
-    """Runs one token through the model on the meta device and notes what each layer asks of attention."""
-    kind = model.config.model_type
-    recorder = AttentionRecorder()
-    recorder.attach(model)
-    place_11 = torch.zeros(1, 1, dtype=torch.long, device="meta")
-    hidden_11D = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
-    try:
-        model(inputs_embeds=hidden_11D, position_ids=place_11, use_cache=False)
-    except (TypeError, RuntimeError, AttributeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{kind} does not run one token at a time through its layers: {first_line(error)}") from error
-    count = len(model.base_model.get_submodule(layers))
-    missing = [index for index in range(count) if index not in recorder.kinds]
-    if missing:
-        raise ValueError(
-            f"{kind}: layer {missing[0]} does not use transformers' attention interface "
-            "(ALiBi, recurrent or linear attention); its state cannot be kept by distllm"
-        )
-    found = tuple(recorder.kinds[index] for index in range(count))
-    _check_windows(kind, found, getattr(model.config, "layer_types", None) or ())
-    return found
-
-
-def _check_windows(kind: str, layers: tuple[AttentionKind, ...], types: Sequence[str]) -> None:
-    for index, layer in enumerate(layers):
-        if layer.window is not None and layer.window < 1:
-            raise ValueError(f"{kind}: layer {index} has a sliding window of {layer.window}: it must be at least 1")
-        if types[index : index + 1] == ["sliding_attention"] and layer.window is None:
-            raise ValueError(
-                f"{kind}: layer {index} has a sliding window only in its mask, which distllm does not make"
-            )
+def _name_of(base: nn.Module, part: nn.Module) -> str:
+    return next((name for name, module in base.named_modules() if module is part), "")

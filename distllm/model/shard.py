@@ -22,17 +22,21 @@ if TYPE_CHECKING:
 
 
 class PassThrough(nn.Module):
-    """Stands where another rank's part of the model is: gives back its first argument."""
+    """Stands where another rank's part of the model is: gives back the hidden states that it is given."""
 
-    def forward(self, first: torch.Tensor, *_rest: object, **_named: object) -> torch.Tensor:
-        return first
+    def forward(self, *given: object, **named: object) -> object:
+        for each in (*given, *named.values()):
+            if isinstance(each, torch.Tensor) and each.is_floating_point():
+                return each
+        return next(iter((*given, *named.values())))
 
 
 class NoPositions(nn.Module):
     """Stands for learned position embeddings after the first stage: adds nothing."""
 
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((), device=positions.device)
+    def forward(self, *given: object, **named: object) -> torch.Tensor:
+        device = next(each.device for each in (*given, *named.values()) if isinstance(each, torch.Tensor))
+        return torch.zeros((), device=device)
 
 
 class Shard:
@@ -51,8 +55,7 @@ class Shard:
 
     @property
     def base(self) -> PreTrainedModel:
-        base: PreTrainedModel = self.model.base_model
-        return base
+        return families.base_of(self.model)
 
     @property
     def nbytes(self) -> int:
@@ -63,11 +66,11 @@ class Shard:
     def drop_table(self) -> None:
         """Leaves the embedding table to a tied head, once that has it, where nothing looks a token up in it."""
         if not self.span.embed:
-            setattr(self.base, self.anatomy.embed, PassThrough())
+            self.base.set_submodule(self.anatomy.embed, PassThrough())
 
     def use(self, cache: KVCache) -> None:
         """Keeps keys and values in this cache from now on."""
-        self._attention = CachedAttention(cache)
+        self._attention = CachedAttention(cache, dict(enumerate(self.anatomy.attention)))
         self._attention.attach(self.model)
 
     @torch.inference_mode()
@@ -98,22 +101,25 @@ class Shard:
 
 def _empty(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> None:
     """Replaces what is outside of the span by pass-throughs."""
-    base = model.base_model
+    base = families.base_of(model)
     layers = base.get_submodule(anatomy.layers)
     for index in range(len(layers)):
         if not span.start <= index < span.stop:
             layers[index] = PassThrough()
     if not span.head:
-        setattr(base, anatomy.norm, PassThrough())
+        for name in anatomy.after:
+            base.set_submodule(name, PassThrough())
         _drop_head(model)
     if not span.embed:
-        if anatomy.positions:
-            setattr(base, anatomy.positions, NoPositions())
-        if anatomy.input_scale:
-            setattr(base, anatomy.input_scale, 1.0)
+        for name in anatomy.before:
+            base.set_submodule(name, PassThrough())
+        for name in anatomy.positions:
+            base.set_submodule(name, NoPositions())
+        if hasattr(base, families.INPUT_SCALE):
+            setattr(base, families.INPUT_SCALE, 1.0)
         # A tied head gets its weight as the embedding table; see `drop_table`.
         if not (span.head and model.config.tie_word_embeddings):
-            setattr(base, anatomy.embed, PassThrough())
+            base.set_submodule(anatomy.embed, PassThrough())
 
 
 def _drop_head(model: PreTrainedModel) -> None:

@@ -61,7 +61,7 @@ class TensorMap:
         self._parameters: dict[str, torch.Tensor] = model.state_dict()
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._head = _name_of(model, model.get_output_embeddings())
-        self._base = f"{model.base_model_prefix}." if model.base_model is not model else ""
+        self._base = f"{_name_of(model, families.base_of(model))}."
         targets = conversion.targets(model, checkpoint.tensors, self._parameters)
         sources = {target.parameter for target in targets.values()}
         self.targets: dict[str, Target] = {}
@@ -131,7 +131,8 @@ class TensorMap:
         found = re.match(rf"{re.escape(self._base + self.anatomy.layers)}\.(\d+)\.", parameter)
         if found:
             return int(found[1])
-        head = parameter.startswith((f"{self._head}.", f"{self._base}{self.anatomy.norm}."))
+        after = tuple(f"{self._base}{name}." for name in self.anatomy.after)
+        head = parameter.startswith((f"{self._head}.", *after))
         tied = parameter in self._tied or parameter.startswith(f"{self._base}{self.anatomy.embed}.")
         return "head" if head and not tied else "embed"
 
