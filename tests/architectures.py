@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 from fakes import byte_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 LAYERS = 4
 WINDOW = 24  # shorter than the prompts of the tests
@@ -130,6 +136,42 @@ FITTING: dict[str, dict[str, Any]] = {
     "youtu": _LATENT | {"pad_token_id": None},
 }
 
+# Models of texts and images, of which the text part is run; by what it is when it is alone.
+TEXT_PARTS: dict[str, str] = {
+    "aya_vision": "cohere2",
+    "gemma3": "gemma3_text",
+    "idefics3": "llama",
+    "internvl": "qwen2",
+    "lighton_ocr": "qwen3",
+    "llama4": "llama4_text",
+    "llava": "llama",
+    "llava_onevision": "qwen2",
+    "mistral3": "mistral",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+    "smolvlm": "llama",
+}
+
+_SMALL_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "embed_dim": 32,
+    "out_hidden_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "vision_output_dim": 32,
+    "num_position_embeddings": 16,
+    "fullatt_block_indexes": [0],
+    "deepstack_visual_indexes": [0],
+}
+
 # Architectures that cannot be cut into stages, by the words that say why.
 REFUSED: dict[str, str] = {
     "bart": "has an encoder",
@@ -147,6 +189,7 @@ REFUSED: dict[str, str] = {
     "mpt": "an attention of its own",
     "nanochat": "uses its norm before and after its layers",
     "openai-gpt": "an attention of its own",
+    "qwen3_vl_moe": "is not a causal language model",  # its experts are stored turned round
     "qwen3_next": "layers of type linear_attention",
     "recurrent_gemma": "layers of type linear_attention",
     "roberta": "looks at later tokens too",
@@ -159,17 +202,44 @@ REFUSED: dict[str, str] = {
 def architecture_config(kind: str) -> PretrainedConfig:
     """The configuration of a tiny model of an architecture."""
     usual = AutoConfig.for_model(kind)
+    if kind in TEXT_PARTS:
+        return _with_images(usual)
+    return type(usual)(**_tiny_values(usual) | FITTING.get(kind, {}))
+
+
+def _tiny_values(usual: PretrainedConfig) -> dict[str, Any]:
     fixed = {name for name, member in vars(type(usual)).items() if isinstance(member, property)}
     values = {key: value for key, value in _COMMON.items() if hasattr(usual, key) and key not in fixed}
     if getattr(usual, "sliding_window", None):
         values["sliding_window"] = WINDOW
-    return type(usual)(**values | FITTING.get(kind, {}))
+    return values
+
+
+def _with_images(usual: PretrainedConfig) -> PretrainedConfig:
+    """A tiny model of texts and images; its head is tied if that is usual for it."""
+    text = usual.get_text_config(decoder=True)
+    values = _tiny_values(text)
+    if "qwen" in text.model_type and "vl" in text.model_type:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    parts = {key: value for key, value in usual.to_dict().items() if key != "model_type"}
+    for name, part in parts.items():
+        if isinstance(part, dict) and "vision" in name:
+            part.update({key: value for key, value in _SMALL_VISION.items() if key in part})
+        elif name.endswith(("_token_id", "_token_index")) and isinstance(part, int):
+            parts[name] = 300
+    return type(usual)(**parts | {"text_config": type(text)(**values).to_dict()})
+
+
+def architecture_model(kind: str) -> type[AutoModelForCausalLM]:
+    """The class that makes and loads models of an architecture."""
+    return AutoModelForImageTextToText if kind in TEXT_PARTS else AutoModelForCausalLM
 
 
 def architecture_checkpoint(folder: Path, kind: str) -> Path:
     """Makes a tiny random checkpoint; all of its weights are large enough to be missed, the norms' too."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(architecture_config(kind), dtype=torch.float32).eval()
+    config = architecture_config(kind)
+    model: PreTrainedModel = architecture_model(kind).from_config(config, dtype=torch.float32).eval()
     embeddings = model.get_input_embeddings().weight
     with torch.no_grad():
         for parameter in model.parameters():
@@ -180,3 +250,12 @@ def architecture_checkpoint(folder: Path, kind: str) -> Path:
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def architecture_answer(folder: Path, kind: str, prompt: list[int], tokens: int) -> list[int]:
+    """What transformers' own generate() answers greedily."""
+    model = architecture_model(kind).from_pretrained(folder, dtype=torch.float32)
+    # Without a cache: a configuration that has a sliding window gets a sliding cache even where the model ignores it.
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, use_cache=False)
+    answer: list[int] = out[0, len(prompt) :].tolist()
+    return answer

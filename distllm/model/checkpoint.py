@@ -30,6 +30,10 @@ LEAST = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads"
 LEAST |= dict.fromkeys(("head_dim", "vocab_size", "n_embd", "n_layer", "n_head"), 1)
 LEAST |= dict.fromkeys(("intermediate_size", "max_position_embeddings", "n_positions"), 0)
 
+# Text parts of models of texts and images that are, alone, the model of another name: their positions in three
+# directions are one and the same in a text.
+TEXT_MODELS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -78,7 +82,9 @@ class Checkpoint:
         if not isinstance(text, PretrainedConfig):
             raise ValueError(f"{path}: text_config of a {config.model_type} model cannot be read; fetch it again")
         self._check_layers(text)
-        return text
+        if text is not config:
+            text.tie_word_embeddings = config.tie_word_embeddings  # the head is the larger model's
+        return _alone(text)
 
     def _check_layers(self, config: PretrainedConfig) -> None:
         """A model of very many layers takes minutes to be looked through, so these are held against the headers."""
@@ -152,6 +158,16 @@ def _check_values(path: Path, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {key} is {name!r}: it must be bfloat16, float16 or float32")
     if isinstance(text := values.get("text_config"), dict):
         _check_values(path, text)
+
+
+def _alone(text: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a text part as that of a model of its own."""
+    from transformers import AutoConfig
+
+    if text.model_type not in TEXT_MODELS:
+        return text
+    values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+    return AutoConfig.for_model(TEXT_MODELS[text.model_type], **values)
 
 
 def _read_headers(folder: Path) -> dict[str, TensorInfo]:

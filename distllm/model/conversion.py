@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Sources = dict[str, list[str]]  # names of tensors by the converter's pattern that they match
 
+TEXT_PART = re.compile(r"(model\.)?(language_model|text_model)\.(?P<rest>.+)")
 LAYER_NUMBER = re.compile(r"(^|\.)(\d+)(?=\.)")
 
 
@@ -29,13 +30,14 @@ LAYER_NUMBER = re.compile(r"(^|\.)(\d+)(?=\.)")
 class Target:
     """Where a tensor of the checkpoint goes: the first parameter that it fills, and how it gets there.
 
-    `pattern` is that of the converter that it goes through, if any. `moved` marks a tied head that is stored instead of
-    the table: it is read as the table.
+    `pattern` is that of the converter that it goes through, if any. `alias` is the name by which transformers' loader
+    knows the tensor: another one than the checkpoint's for the text part of a model of texts and images, and for a tied
+    head that is stored instead of the table.
     """
 
     parameter: str
     pattern: str | None
-    moved: bool = False
+    alias: str
 
 
 def conversions(model: PreTrainedModel) -> list[Any]:
@@ -54,10 +56,20 @@ def targets(model: PreTrainedModel, names: Iterable[str], parameters: Mapping[st
     renamings = [entry for entry in entries if not isinstance(entry, WeightConverter)]
     found = {}
     for name in names:
-        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if parameter in parameters:
-            found[name] = Target(parameter, pattern)
+        for alias in dict.fromkeys((name, _in_text_model(name))):
+            parameter, pattern = rename_source_key(alias, renamings, converters, model.base_model_prefix, parameters)
+            if parameter in parameters:
+                found[name] = Target(parameter, pattern, alias)
+                break
     return found
+
+
+def _in_text_model(name: str) -> str:
+    """What a tensor of the text part of a larger model is called in a model of texts alone."""
+    part = TEXT_PART.match(name)
+    if part is None:
+        return name
+    return part["rest"] if part["rest"].startswith(("model.", "lm_head.")) else f"model.{part['rest']}"
 
 
 def filled(model: PreTrainedModel, targets: Mapping[str, Target]) -> Iterator[str]:

@@ -96,6 +96,8 @@ def inspect(config: PretrainedConfig) -> Anatomy:
     strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if strange:
         raise ValueError(f"{kind} has layers of type {', '.join(sorted(strange))}, whose state distllm cannot keep")
+    if not _is_known(config):
+        raise ValueError(f"{kind} is not a causal language model that transformers can build")
     with torch.device("meta"):
         try:
             model = build(config, torch.bfloat16, INSPECTION)  # some kernels know no other type on the meta device
@@ -103,6 +105,12 @@ def inspect(config: PretrainedConfig) -> Anatomy:
             trouble = f"{kind} is not a causal language model that transformers can build from its config.json"
             raise _refusal(kind, trouble, error) from error
     return _observe(model)
+
+
+def _is_known(config: PretrainedConfig) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
 def _refusal(kind: str, trouble: str, error: Exception) -> ValueError:

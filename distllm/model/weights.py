@@ -70,7 +70,7 @@ class TensorMap:
             if table is None:
                 self.targets[name] = target
             elif table not in sources:
-                self.targets[name] = Target(table, pattern=None, moved=True)
+                self.targets[name] = Target(table, pattern=None, alias=table)
             # Else a tied head is stored all the same: a second copy of the table, and not read.
         self._check(model)
 
@@ -172,7 +172,7 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
             }
             for name in tensors.owned(shard):
                 info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
-                slices[target.parameter if target.moved else name] = LazyTensor(
+                slices[target.alias] = LazyTensor(
                     opened[info.file].get_slice(name), _held_bytes(info, shard.dtype), progress
                 )
         except (SafetensorError, OSError) as error:
