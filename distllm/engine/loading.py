@@ -10,6 +10,7 @@ import torch
 from distllm.engine.orders import LoadOrder
 from distllm.model import source
 from distllm.model.blueprint import Blueprint
+from distllm.model.checkpoint import Checkpoint
 from distllm.model.runner import Runner
 from distllm.net import frame as frames
 
@@ -56,12 +57,11 @@ def open_blueprint(order: LoadOrder) -> Blueprint:
     Raises:
         ValueError: this host's files are missing, broken, or not those of the master.
     """
-    folder = source.folder(order.model)
     model = order.model
-    blueprint = Blueprint(folder, dtype=model.dtype, context_length=model.context_length, anatomy=order.anatomy)
-    if blueprint.checkpoint.fingerprint != order.fingerprint:
-        raise ValueError(f"{folder}: is not the master's model: names, shapes or configuration differ; copy it again")
-    return blueprint
+    checkpoint = Checkpoint(source.files(model), order.tensors)
+    if checkpoint.fingerprint != order.fingerprint:
+        raise ValueError(f"{checkpoint.path / 'config.json'}: is not that of the master's model; copy it again")
+    return Blueprint(checkpoint, dtype=model.dtype, context_length=model.context_length, anatomy=order.anatomy)
 
 
 def frame_bytes(order: LoadOrder, blueprint: Blueprint) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distllm.config import EngineConfig, ModelConfig
 from distllm.core import Member, Plan
 from distllm.model.families import Anatomy
+from distllm.model.files import TensorInfo
 from distllm.net.control import AgentId
 
 # Below the id of any step; steps that only time the stages have ids below 0 too.
@@ -35,7 +37,8 @@ class Registration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOrder:
-    """Hold what this plan gives you. `fingerprint` and `anatomy` are those of the master's copy of the model.
+    """Hold what this plan gives you. What the master knows of its copy of the model comes along, so that a rank looks
+    into no file but its own: `fingerprint`, `anatomy`, and `tensors`, the headers of all files.
 
     `devices` are those of the plan's stages, in ring order.
     """
@@ -46,6 +49,7 @@ class LoadOrder:
     engine: EngineConfig
     fingerprint: str
     anatomy: Anatomy
+    tensors: Mapping[str, TensorInfo]
     devices: tuple[str, ...]
     threads: int
     deadline_s: float

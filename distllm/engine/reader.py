@@ -84,4 +84,4 @@ def open_blueprint(model: ModelConfig) -> Blueprint:
     Raises:
         ValueError: the model cannot be used; the sentence says why.
     """
-    return Blueprint(source.folder(model), dtype=model.dtype, context_length=model.context_length)
+    return Blueprint(source.files(model), dtype=model.dtype, context_length=model.context_length)

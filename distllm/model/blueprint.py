@@ -12,6 +12,7 @@ from distllm.core import ModelSizes, Plan
 from distllm.model import attention, families, linear, weights
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.families import Anatomy
+from distllm.model.files import LocalFiles
 from distllm.model.runner import Runner
 from distllm.model.shard import Shard, check_passes_through
 from distllm.model.weights import Progress, TensorMap
@@ -48,9 +49,16 @@ class Blueprint:
         ValueError: the checkpoint or its architecture cannot be used; the sentence says why.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, context_length: int | None, anatomy: Anatomy | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint | LocalFiles | Path,
+        *,
+        dtype: str,
+        context_length: int | None,
+        anatomy: Anatomy | None = None,
+    ) -> None:
         attention.register()
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.config = self.checkpoint.config
         self.anatomy = anatomy or look_through(self.config)
         self.tensors = TensorMap(self.checkpoint, self.anatomy)

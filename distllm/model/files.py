@@ -1,0 +1,90 @@
+"""The files of a checkpoint, wherever they are: headers tell which tensor is where, weights come when they are wanted.
+
+Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+
+Headers = dict[str, "TensorInfo"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, from its file's header."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class LocalFiles:
+    """A folder of this host.
+
+    `commit` pins what the other ranks must take; None if there is nothing to choose.
+    """
+
+    commit: str | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name in the folder."""
+        return (self.folder / name).exists()
+
+    def header(self, name: str) -> Headers:
+        """The tensors of a safetensors file.
+
+        Raises:
+            ValueError: it is not a whole safetensors file.
+        """
+        return read_header(self.folder / name)
+
+    def fetch(self, names: Iterable[str], alive: Callable[[], None]) -> None:
+        """Makes sure that these files are in the folder; here they are.
+
+        Args:
+            alive: called while it goes on.
+        """
+
+
+def read_header(path: Path) -> Headers:
+    """
+    Raises:
+        ValueError: it is not a whole safetensors file, or holds numbers of a type that torch does not know.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            infos = {name: TensorInfo(path.name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path}: is not a whole safetensors file ({size:,} bytes; {error}); fetch it again"
+        ) from error
+    check_types(path, infos)
+    return infos
+
+
+def check_types(path: Path, infos: Headers) -> None:
+    """
+    Raises:
+        ValueError: some numbers are of a type that cannot be read.
+    """
+    odd = next((info.dtype for info in infos.values() if info.dtype not in ITEM_BYTES), None)
+    if odd:
+        raise ValueError(f"{path}: holds tensors of type {odd}, which distllm cannot read")

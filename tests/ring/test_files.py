@@ -1,0 +1,125 @@
+"""Each rank touches only its own files: of the Hub, of a folder, and of one that is another copy than the master's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from conftest import Job, agent_per_rank
+from fakes import byte_tokenizer, reference, tiny_checkpoint
+from hub import COMMIT, FakeHub, fake_hub
+from safetensors.torch import load_file, save_file
+
+RANKS = 3
+PROMPT = "Once upon a time"
+Start = Callable[[Sequence[Sequence[str]]], Job]
+
+
+def ranks_with(environ: Callable[[int], dict[str, str]], *words: str) -> list[list[str]]:
+    """One torchrun for each rank, as on hosts of their own, each with variables of its own."""
+    layers = ["plan.strategy=manual", "plan.layers=[1,3,1]"]
+    more = [*layers, "model.dtype=float32", f"prompt={PROMPT}", "sampling.max_tokens=12", *words]
+    commands = agent_per_rank(RANKS, *more)
+    return [
+        ["env", *(f"{key}={value}" for key, value in environ(rank).items()), *command]
+        for rank, command in enumerate(commands)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 MB in files of about one layer each: large beside the headers."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2304, "head_dim": 64, "num_attention_heads": 8}
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama", shard_size="17MB", **sizes)
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[FakeHub]:
+    with fake_hub(model) as served:
+        yield served
+
+
+def answer(model: Path) -> str:
+    tokenizer = byte_tokenizer()
+    text: str = tokenizer.decode(reference(model, tokenizer.encode(PROMPT), 12), skip_special_tokens=True)
+    return text
+
+
+def of_hub(hub: FakeHub, homes: Path) -> Callable[[int], dict[str, str]]:
+    """Each rank asks under a name of its own and has a cache of its own."""
+
+    def environ(rank: int) -> dict[str, str]:
+        home = str(homes / f"rank{rank}")
+        return {"HF_ENDPOINT": hub.endpoint(f"rank{rank}"), "HF_HOME": home, "DISTLLM_CACHE": f"{home}/distllm"}
+
+    return environ
+
+
+def downloaded(homes: Path, rank: int) -> set[str]:
+    return {file.name for file in (homes / f"rank{rank}").glob(f"hub/*/snapshots/{COMMIT}/*.safetensors")}
+
+
+def test_of_the_hub_each_rank_downloads_its_own_files(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
+    files = {file.name: file.stat().st_size for file in model.glob("*.safetensors")}
+    assert len(files) >= 6
+    job = start(ranks_with(of_hub(hub, tmp_path), f"model.path={hub.repository}"))
+    assert job.wait(150) == [0] * RANKS, job.err.read_text()
+    assert job.out.read_text().strip("\n") == answer(model)
+    for rank in range(RANKS):
+        mine = downloaded(tmp_path, rank)
+        assert mine
+        assert mine != files.keys()
+        served = sum(count for (who, _), count in hub.bytes_of.items() if who == f"rank{rank}")
+        headers = 101_000 * len(files) if rank == 0 else 0  # rank 0 looks into all files and tells the others
+        assert served <= 1.001 * sum(files[name] for name in mine) + headers
+    assert set.union(*(downloaded(tmp_path, rank) for rank in range(RANKS))) == files.keys()
+
+
+def test_a_download_that_breaks_off_goes_on(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
+    hub.cut_after = 12_000_000  # more than the 10 MB that the client writes at a time
+    job = start(ranks_with(of_hub(hub, tmp_path), "model=llama", f"model.hub={hub.repository}"))
+    assert job.wait(150) == [0] * RANKS, job.err.read_text()
+    assert hub.cut_after is None, "nothing was cut"
+    resumed = [wanted for wanted in hub.ranges if int(wanted.removeprefix("bytes=").partition("-")[0]) > 1_000_000]
+    assert len(resumed) == 1, f"it began anew: {hub.ranges}"
+    assert job.out.read_text().strip("\n") == answer(model)
+
+
+@pytest.mark.parametrize("change", ["values", "shape", "cut", "gone", "config"])
+def test_a_rank_with_another_copy_is_named(change: str, model: Path, tmp_path: Path, start: Start) -> None:
+    """The files of rank 2 are not those of the master; only one of its own can be wrong for it."""
+    homes = [tmp_path / f"home{rank}" for rank in range(RANKS)]
+    for home in homes:
+        shutil.copytree(model, home / "model", copy_function=os.link)
+    last = sorted(model.glob("*.safetensors"))[-1].name
+    copy = homes[2] / "model" / last
+    config = homes[2] / "model" / "config.json"
+    tensors = load_file(model / last)
+    for file in (copy, config):
+        content = file.read_bytes()
+        file.unlink()  # it is a link to the others' copy
+        file.write_bytes(content)
+    if change == "cut":
+        copy.write_bytes(copy.read_bytes()[:-100])
+    elif change == "gone":
+        copy.unlink()
+    elif change == "config":
+        config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'))
+    else:
+        name = "lm_head.weight"
+        assert name in tensors
+        tensors[name] = tensors[name] * 2 if change == "values" else tensors[name][:-1]
+        save_file(tensors, copy)
+    job = start(ranks_with(lambda rank: {"HOME": str(homes[rank])}, "model.path=~/model"))
+    codes = job.wait(150)
+    if change == "values":  # nothing but a checksum could tell
+        assert codes == [0] * RANKS
+        return
+    assert 0 not in codes[:1]
+    (error,) = job.errors()
+    assert "rank 2 (" in error
+    wrong = str(config) if change == "config" else str(copy)
+    assert wrong in error
