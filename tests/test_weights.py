@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
 from distllm.core import Span
-from distllm.model import weights
+from distllm.model import conversion, families, weights
 from distllm.model.blueprint import Blueprint
-from distllm.model.checkpoint import INDEX, SINGLE
+from distllm.model.checkpoint import INDEX, SINGLE, Checkpoint
 from distllm.model.shard import Shard
 
 CPU = torch.device("cpu")
@@ -253,11 +253,31 @@ def test_a_tied_head_that_is_stored_alone(folder_of: Callable[[str], Path], tmp_
                 assert torch.equal(shard.model.lm_head.weight, table)
 
 
-def test_tensors_that_nothing_uses_are_left_alone(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.layers.9.mlp.ghost": torch.ones(3)}
-    plan = blueprint(as_one_file(folder_of("llama"), tmp_path / "extra", **extra))
-    assert not extra.keys() & set(plan.tensors.owned(loaded(plan, WHOLE)))
-    assert plan.sizes.weight_bytes(WHOLE) == blueprint(folder_of("llama")).sizes.weight_bytes(WHOLE)
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "transformer.h.0.attn.bias")],
+)
+def test_tables_that_were_stored_once_are_left_alone(
+    kind: str, table: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    plan = blueprint(as_one_file(folder_of(kind), tmp_path / "extra", **{table: torch.ones(8)}))
+    assert table not in plan.tensors.owned(loaded(plan, WHOLE))
+    assert plan.sizes.weight_bytes(WHOLE) == blueprint(folder_of(kind)).sizes.weight_bytes(WHOLE)
+
+
+def test_tensors_that_transformers_leaves_out_knowingly(folder_of: Callable[[str], Path]) -> None:
+    model = families.build(Checkpoint(folder_of("llama")).config, torch.float32)
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.61.*"]
+    names = ["model.layers.61.mlp.up_proj.weight", "model.layers.60.mlp.up_proj.weight", "vision_tower.a"]
+    assert list(conversion.surplus(model, names, is_part=False)) == names[1:]
+    assert list(conversion.surplus(model, [*names, "language_model.b"], is_part=True)) == ["language_model.b"]
+
+
+@pytest.mark.parametrize("name", ["model.layers.9.mlp.up_proj.weight", "model.layers.0.mlp.ghost", "ghost"])
+def test_a_tensor_without_a_place(name: str, folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = as_one_file(folder_of("llama"), tmp_path / "extra", **{name: torch.ones(3)})
+    sentence = f"{folder / SINGLE}: tensor {name} has no place in this llama model; is config.json another's?"
+    assert refusal(folder) == sentence
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -427,3 +447,22 @@ def test_progress_adds_up_to_the_weights(blueprint_of: Callable[[str], Blueprint
     shard = loaded(plan, Span(1, 3), read.append)
     assert sum(read) == shard.nbytes
     assert len(read) == 2 * (4 * 3 + 7), "experts, attention, router and norms of two layers"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite(
+    value: float, folder_of: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded(blueprint(folder_of("llama")), WHOLE)
+    assert not caplog.records
+    names = ["model.layers.1.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight"]
+    damaged = {name: stored(folder_of("llama"))[name].clone() for name in names}
+    for tensor in damaged.values():
+        tensor.view(-1)[7] = value
+    folder = as_one_file(folder_of("llama"), tmp_path / "odd", **damaged)
+    loaded(blueprint(folder), Span(0, 2, embed=True))
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{folder / SINGLE}: tensor {names[0]} holds numbers that are not finite")
+    caplog.clear()
+    loaded(blueprint(folder), WHOLE)
+    assert f"tensor {names[0]} and 1 more holds numbers" in caplog.text

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
 # Least values of config.json by key; what transformers makes of smaller ones is no model, or no sentence.
 LEAST = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
 LEAST |= dict.fromkeys(("head_dim", "vocab_size", "n_embd", "n_layer", "n_head"), 1)
@@ -50,13 +51,44 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        from transformers import AutoConfig, PretrainedConfig
+        """Of the model that is run: of a model of texts and images, its text part alone."""
+        text = self._text_config
+        self._check_layers(text)
+        if self.is_part:
+            text.tie_word_embeddings = self._whole_config.tie_word_embeddings  # the head is the larger model's
+        return _alone(text)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the model is the text part of a larger one, whose other tensors are left alone."""
+        return self._text_config is not self._whole_config
+
+    @cached_property
+    def _text_config(self) -> PretrainedConfig:
+        from transformers import PretrainedConfig
+
+        whole = self._whole_config
+        text = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
+        if not isinstance(text, PretrainedConfig):
+            path = self.path / "config.json"
+            raise ValueError(f"{path}: text_config of a {whole.model_type} model cannot be read; fetch it again")
+        return text
+
+    @cached_property
+    def _whole_config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
 
         path = self.path / "config.json"
-        _check_values(path, read_json(path))
+        values = read_json(path)
+        _check_values(path, values)
         try:
             config = AutoConfig.from_pretrained(str(self.path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever transformers computes with a strange value may raise anything
+            if values.get("auto_map"):
+                raise ValueError(
+                    f"{path}: {values.get('model_type')} is a model that transformers knows only by code of the "
+                    "checkpoint's own, which distllm never runs"
+                ) from error
             raise ValueError(f"{path}: transformers does not know this model: {first_line(error)}") from error
         if method := getattr(config, "quantization_config", None):
             kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
@@ -64,13 +96,7 @@ class Checkpoint:
                 f"{path}: the weights are quantized ({kind}), which distllm cannot read yet; "
                 "give the checkpoint in bfloat16, float16 or float32"
             )
-        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        if not isinstance(text, PretrainedConfig):
-            raise ValueError(f"{path}: text_config of a {config.model_type} model cannot be read; fetch it again")
-        self._check_layers(text)
-        if text is not config:
-            text.tie_word_embeddings = config.tie_word_embeddings  # the head is the larger model's
-        return _alone(text)
+        return config
 
     def _check_layers(self, config: PretrainedConfig) -> None:
         """A model of very many layers takes minutes to be looked through, so these are held against the headers."""
@@ -175,8 +201,6 @@ def _alone(text: PretrainedConfig) -> PretrainedConfig:
 
 def _read_headers(files: LocalFiles) -> dict[str, TensorInfo]:
     folder = files.folder
-    if folder.suffix == ".gguf":
-        raise ValueError(f"model.path={folder}: GGUF files cannot be read yet; give a folder with {SINGLE}")
     if not folder.exists():
         raise ValueError(f"model.path={folder}: no such folder; give one, or the id of a model of the Hub")
     if not folder.is_dir():
@@ -211,7 +235,11 @@ def _read_index(files: LocalFiles) -> dict[str, TensorInfo]:
 
 def _other_weights(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    return f" (it has {names[0]}, which distllm does not read)" if names else "; is this the folder of the model?"
+    if not names:
+        return "; is this the folder of the model?"
+    if names[0].endswith(".gguf"):
+        return f"; say model.path={folder / names[0]}"
+    return f" (it has {names[0]}, which distllm does not read: pickles run code)"
 
 
 def first_line(error: BaseException) -> str:

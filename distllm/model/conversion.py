@@ -23,6 +23,8 @@ Shape = tuple[int, ...]
 Sources = dict[str, list[str]]  # names of tensors by the converter's pattern that they match
 
 TEXT_PART = re.compile(r"(model\.)?(language_model|text_model)\.(?P<rest>.+)")
+# What older versions of transformers stored, though it follows from the configuration.
+TABLES_OF_OLD = r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$"
 LAYER_NUMBER = re.compile(r"(^|\.)(\d+)(?=\.)")
 
 
@@ -62,6 +64,20 @@ def targets(model: PreTrainedModel, names: Iterable[str], parameters: Mapping[st
                 found[name] = Target(parameter, pattern, alias)
                 break
     return found
+
+
+def surplus(model: PreTrainedModel, names: Iterable[str], *, is_part: bool) -> Iterator[str]:
+    """Of tensors that fill no parameter, those that transformers does not leave out knowingly.
+
+    Args:
+        is_part: the model is the text part of a larger one, whose other tensors have a place elsewhere.
+    """
+    left_out = [*(model._keys_to_ignore_on_load_unexpected or ()), TABLES_OF_OLD]
+    for name in names:
+        if is_part and not TEXT_PART.match(name):
+            continue
+        if not any(re.search(pattern, name) for pattern in left_out):
+            yield name
 
 
 def _in_text_model(name: str) -> str:

@@ -76,15 +76,18 @@ def read_header(path: Path) -> Headers:
         raise ValueError(
             f"{path}: is not a whole safetensors file ({size:,} bytes; {error}); fetch it again"
         ) from error
-    check_types(path, infos)
+    check_infos(path, infos)
     return infos
 
 
-def check_types(path: Path, infos: Headers) -> None:
+def check_infos(path: Path, infos: Headers) -> None:
     """
     Raises:
-        ValueError: some numbers are of a type that cannot be read.
+        ValueError: some numbers are of a type that cannot be read, or a shape is none.
     """
+    for name, info in infos.items():
+        if not all(isinstance(size, int) and size >= 0 for size in info.shape):
+            raise ValueError(f"{path}: tensor {name} has the shape {list(info.shape)}, which is none; fetch it again")
     odd = next((info.dtype for info in infos.values() if info.dtype not in ITEM_BYTES), None)
     if odd:
         raise ValueError(f"{path}: holds tensors of type {odd}, which distllm cannot read")

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.asyncio import tqdm
 
-from distllm.model.files import Headers, LocalFiles, TensorInfo, check_types
+from distllm.model.files import Headers, LocalFiles, TensorInfo, check_infos
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class HubFiles(LocalFiles):
             tensor: TensorInfo(name, tuple(shape), dtype)
             for tensor, (shape, dtype) in json.loads(kept.read_text()).items()
         }
-        check_types(self.folder / name, infos)
+        check_infos(self.folder / name, infos)
         return infos
 
     def _download_header(self, name: str) -> dict[str, tuple[list[int], str]]:

@@ -1,19 +1,22 @@
-"""Where a model's files are: a folder, the Hub, or a PyPI package unpacked once into the cache folder."""
+"""Where a model's files are: a folder, the Hub, or a GGUF file, which is unpacked once into the cache folder."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from distllm.config import ModelConfig
 from distllm.model import hub
+from distllm.model.checkpoint import first_line
 from distllm.model.files import LocalFiles
 from distllm.model.hub import HubFiles
 
@@ -21,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LOCK_TIMEOUT_S = 600.0
 CONVERTED = "distllm-complete"
+MAGIC = b"GGUF"
 
 
 def cache_folder() -> Path:
@@ -30,11 +34,11 @@ def cache_folder() -> Path:
 
 
 def files(model: ModelConfig) -> LocalFiles:
-    """The files of a model's checkpoint; converts a packaged model the first time.
+    """The files of a model's checkpoint; converts a GGUF file or a packaged model the first time.
 
     Raises:
-        ValueError: no files are given, the package is not installed, there is no room to convert it, or the Hub has no
-            such model.
+        ValueError: no files are given, the package is not installed, a GGUF file is broken or there is no room to
+            convert it, or the Hub has no such model.
     """
     if model.path is not None:
         try:
@@ -43,7 +47,7 @@ def files(model: ModelConfig) -> LocalFiles:
             raise ValueError(f"model.path={model.path}: {error}") from error
         if hub.HUB_ID.fullmatch(model.path) and not folder.exists():
             return _of_hub(model.path, model.revision)
-        return LocalFiles(folder)
+        return LocalFiles(converted(folder) if folder.suffix == ".gguf" else folder)
     if model.hub is not None:
         return _of_hub(model.hub, model.revision)
     if model.package is None:
@@ -67,7 +71,32 @@ def unpacked(package: str) -> Path:
     ready = cache_folder() / package
     if (ready / CONVERTED).exists():
         return ready
-    source = _gguf_of(package)
+    return _once(_gguf_of(package), ready)
+
+
+def converted(source: Path) -> Path:
+    """The checkpoint made of a GGUF file; a file that changed is another one.
+
+    Raises:
+        ValueError: there is no such file, or it is not a whole GGUF file of a model that transformers can read from it.
+    """
+    try:
+        with source.open("rb") as file:
+            magic = file.read(len(MAGIC))
+        seen = source.stat()
+    except OSError as error:
+        raise ValueError(f"model.path={source}: {error.strerror}") from error
+    if magic != MAGIC:
+        raise ValueError(f"model.path={source}: is not a GGUF file; fetch it again")
+    identity = f"{source.resolve()} {seen.st_size} {seen.st_mtime_ns}"
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return _once(source, cache_folder() / "gguf" / f"{source.stem}-{digest}")
+
+
+def _once(source: Path, ready: Path) -> Path:
+    """The checkpoint in the cache folder that is made of a GGUF file, by the first who asks."""
+    if (ready / CONVERTED).exists():
+        return ready
     try:
         ready.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{ready}.lock", timeout=LOCK_TIMEOUT_S):
@@ -120,10 +149,12 @@ def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    where = str(source.parent)
+    named: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     whole = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=source.name, dtype=torch.bfloat16, quantization_config=whole
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**named, dtype=torch.bfloat16, quantization_config=whole)
+        tokenizer = AutoTokenizer.from_pretrained(**named)
+    except Exception as error:  # a broken file raises anything here
+        raise ValueError(f"{source}: cannot be read: {first_line(error)}; is the file whole?") from error
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(where, gguf_file=source.name).save_pretrained(target)
+    tokenizer.save_pretrained(target)

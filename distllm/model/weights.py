@@ -6,10 +6,12 @@ slices, of which it reads those that the shard owns. Knows nothing of ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +28,8 @@ from distllm.model.shard import Shard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int], None]
 
 # A step of few rows takes as long as reading the weights, and a layer besides as long as its many small operations:
@@ -34,17 +38,27 @@ LAYER_OVERHEAD_BYTES = 8 * 10**6
 
 
 class LazyTensor:
-    """What transformers' loader takes for a tensor: read when it is sliced, and counted then."""
+    """What transformers' loader takes for a tensor: read when it is sliced, and looked over and counted then."""
 
-    def __init__(self, slice_: Any, nbytes: int, progress: Progress) -> None:
+    def __init__(self, slice_: Any, nbytes: int, progress: Progress, is_odd: Callable[[], None]) -> None:
         self._slice = slice_
         self._nbytes = nbytes
         self._progress = progress
+        self._is_odd = is_odd
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._slice[index]
+        if not _is_finite(tensor):
+            self._is_odd()
         self._progress(self._nbytes)
         return tensor
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity; as fast as memory can be read, unlike `isfinite`."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return True
+    return all(bool(edge.isfinite()) for edge in torch.aminmax(tensor))
 
 
 class TensorMap:
@@ -73,15 +87,20 @@ class TensorMap:
             elif table not in sources:
                 self.targets[name] = Target(table, pattern=None, alias=table)
             # Else a tied head is stored all the same: a second copy of the table, and not read.
-        self._check(model)
+        self._check(model, known=targets)
 
-    def _check(self, model: PreTrainedModel) -> None:
+    def _check(self, model: PreTrainedModel, known: Container[str]) -> None:
         filled = set(conversion.filled(model, self.targets))
         filled |= {target for target, source in self._tied.items() if source in filled}
         missing = [name for name in self._parameters if name not in filled]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"{self.checkpoint.path}: no tensor for {missing[0]}{more}; is the checkpoint whole?")
+        others = (name for name in self.checkpoint.tensors if name not in known)
+        for name in conversion.surplus(model, others, is_part=self.checkpoint.is_part):
+            file = self.checkpoint.path / self.checkpoint.tensors[name].file
+            kind = self.checkpoint.config.model_type
+            raise ValueError(f"{file}: tensor {name} has no place in this {kind} model; is config.json another's?")
         for name, target in self.targets.items():
             self._check_tensor(name, target)
         Converted(model, self.checkpoint, self.targets).check(self._parameters)
@@ -168,15 +187,21 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
     names = sorted(tensors.files(shard))
     tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
     tensors.checkpoint.check(names)
+    odd: list[str] = []
     with ExitStack() as files:
         slices: dict[str, LazyTensor] = {}
         opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in names}
         for name in tensors.owned(shard):
             info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
             slices[target.alias] = LazyTensor(
-                opened[info.file].get_slice(name), _held_bytes(info, shard.dtype), progress
+                opened[info.file].get_slice(name), _held_bytes(info, shard.dtype), progress, partial(odd.append, name)
             )
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        first = min(odd)
+        where = folder / tensors.checkpoint.tensors[first].file
+        logger.warning("%s: tensor %s%s holds numbers that are not finite; expect no sense of it", where, first, more)
     if shard.span.head:
         shard.model.tie_weights()
     shard.model.requires_grad_(False)
