@@ -83,6 +83,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {},
     "exaone4": {},
     "exaone_moe": {},
+    "falcon": {"alibi": False},
     "flex_olmo": {},
     "gemma": {},
     "gemma2": {},
@@ -113,6 +114,7 @@ FITTING: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "mistral": {},
     "mixtral": {},
+    "nanochat": {},
     "nemotron": {},
     "olmo": {},
     "olmo2": {},
@@ -187,7 +189,6 @@ REFUSED: dict[str, str] = {
     "jamba": "layers of type linear_attention",
     "mamba": "layers of type linear_attention",
     "mpt": "an attention of its own",
-    "nanochat": "uses its norm before and after its layers",
     "openai-gpt": "an attention of its own",
     "qwen3_vl_moe": "is not a causal language model",  # its experts are stored turned round
     "qwen3_next": "layers of type linear_attention",

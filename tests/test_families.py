@@ -91,6 +91,33 @@ def test_parts_inside_of_a_decoder() -> None:
     assert anatomy.after == ("decoder.final_layer_norm", "decoder.project_out")
 
 
+def test_a_part_that_works_twice() -> None:
+    anatomy = families.inspect(architecture_config("nanochat"))
+    assert (anatomy.before, anatomy.after) == (("norm",), ("norm",))
+
+
+def test_a_part_with_weights_that_works_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks would hold it; nothing says so yet."""
+    from transformers.models.nanochat import modeling_nanochat
+
+    class Weighted(modeling_nanochat.NanoChatRMSNorm):
+        def __init__(self, eps: float = 1e-6) -> None:
+            super().__init__(eps)
+            self.weight = torch.nn.Parameter(torch.ones(64))
+
+    monkeypatch.setattr(modeling_nanochat, "NanoChatRMSNorm", Weighted)
+    assert refusal(architecture_config("nanochat")).startswith("nanochat uses its norm before and after its layers")
+
+
+def test_attention_that_is_torchs_own_is_led_to_ours() -> None:
+    anatomy = families.inspect(architecture_config("falcon"))
+    assert {layer.shape for layer in anatomy.attention} == {KVShape(1, 16, 16)}
+    assert anatomy.in_tuples
+    config = architecture_config("falcon")
+    config.alibi = True
+    assert refusal(config).startswith("falcon has an attention of its own (ALiBi, for example)")
+
+
 def test_a_model_that_does_not_name_its_base() -> None:
     with torch.device("meta"):
         model = families.build(architecture_config("llama4_text"), torch.bfloat16)

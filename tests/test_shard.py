@@ -15,7 +15,7 @@ from distllm.core import Row, Span, Step
 from distllm.model import weights
 from distllm.model.blueprint import Blueprint
 from distllm.model.cache import KVCache, Layout
-from distllm.model.shard import PassThrough, Shard
+from distllm.model.shard import InTurn, PassThrough, Shard
 
 CPU = torch.device("cpu")
 TOKENS = tuple(range(40, 70))
@@ -141,3 +141,18 @@ def test_the_body_ends_before_the_head(blueprint_of: Callable[[str], Blueprint])
     shard.model.lm_head.register_forward_hook(lambda *_: order.append("head"))
     shard.forward(torch.tensor(TOKENS), layout(), torch.tensor([3]))
     assert order == ["body True", "head"]
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_part_works_in_its_turn(turn: int) -> None:
+    part = InTurn(torch.nn.Tanh(), turn)
+    hidden_TD = torch.randn(3, 4)
+    changed = [not torch.equal(part(hidden_TD), hidden_TD) for _ in range(4)]
+    assert changed == [turn == 0, turn == 1] * 2
+
+
+def test_hidden_states_pass_through_wherever_they_are_given() -> None:
+    hidden_TD, places_T = torch.randn(3, 4), torch.arange(3)
+    assert PassThrough()(hidden_TD, places_T) is hidden_TD
+    assert PassThrough()(position_ids=places_T, inputs_embeds=hidden_TD) is hidden_TD
+    assert PassThrough(in_tuple=True)(hidden_TD)[0] is hidden_TD

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distllm.model import direct
 from distllm.model.attention import ATTENTION, INSPECTION, AskedMask, AttentionKind, AttentionRecorder
 from distllm.model.checkpoint import first_line
 
@@ -38,7 +39,8 @@ class Anatomy:
     """Names of the parts of a model, relative to its base model, and what its layers keep of the past.
 
     `before` are the parts that turn embeddings into what the first layer takes, `positions` those whose output is
-    added to them, `after` those behind the last layer. `attention` has one entry a layer.
+    added to them, `after` those behind the last layer; a part without weights may be before and after. `attention` has
+    one entry a layer; `in_tuples` says that layers wrap what they give.
     """
 
     embed: str
@@ -46,6 +48,7 @@ class Anatomy:
     positions: tuple[str, ...]
     layers: str
     after: tuple[str, ...]
+    in_tuples: bool
     attention: tuple[AttentionKind, ...]
     context_length: int
 
@@ -71,6 +74,8 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str = ATTENTI
     """The whole model without weights, with our attention; transformers would write into the configuration itself."""
     from transformers import AutoModelForCausalLM
 
+    if config.model_type in direct.KINDS:
+        direct.register()
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
@@ -139,14 +144,16 @@ def _observe(model: PreTrainedModel) -> Anatomy:
         before, positions, after = watch.around(layers)
     except ValueError as error:
         raise ValueError(f"{kind} cannot be cut into stages: {error}") from error
-    if twice := sorted({*before, *positions} & set(after)):
-        raise ValueError(f"{kind} uses its {twice[0]} before and after its layers; it cannot be cut into stages")
+    for name in {*before, *positions} & set(after):
+        if any(True for _ in base.get_submodule(name).parameters()):
+            raise ValueError(f"{kind} uses its {name} before and after its layers; it cannot be cut into stages")
     return Anatomy(
         embed=_name_of(base, model.get_input_embeddings()),
         before=before,
         positions=positions,
         layers=layers,
         after=after,
+        in_tuples=f"{layers}.0" in watch.gave_tuples,
         attention=found,
         context_length=_context_length(model.config),
     )
@@ -159,6 +166,7 @@ class Watch:
         self._place_11 = place_11
         self._order: list[str] = []
         self._took: dict[str, str] = {}
+        self.gave_tuples: set[str] = set()
         for name, module in base.named_modules():
             if name:
                 module.register_forward_hook(self._noting(name), with_kwargs=True)
@@ -167,6 +175,8 @@ class Watch:
         def note(_module: nn.Module, args: tuple[object, ...], named: dict[str, object], out: object) -> None:
             given = [each for each in (*args, *named.values()) if isinstance(each, torch.Tensor)]
             self._order.append(name)
+            if isinstance(out, tuple):
+                self.gave_tuples.add(name)
             if isinstance(out, torch.Tensor) and out.is_floating_point():
                 hidden = any(each.is_floating_point() and each.dim() == 3 for each in given)
                 place = any(each is self._place_11 for each in given)

@@ -24,11 +24,29 @@ if TYPE_CHECKING:
 class PassThrough(nn.Module):
     """Stands where another rank's part of the model is: gives back the hidden states that it is given."""
 
+    def __init__(self, *, in_tuple: bool = False) -> None:
+        super().__init__()
+        self._in_tuple = in_tuple
+
     def forward(self, *given: object, **named: object) -> object:
-        for each in (*given, *named.values()):
-            if isinstance(each, torch.Tensor) and each.is_floating_point():
-                return each
-        return next(iter((*given, *named.values())))
+        tensors = (each for each in (*given, *named.values()) if isinstance(each, torch.Tensor))
+        hidden = next((each for each in tensors if each.is_floating_point()), given[0] if given else None)
+        return (hidden,) if self._in_tuple else hidden
+
+
+class InTurn(nn.Module):
+    """Stands for a part that works before and after the layers, and works only the first or the second time."""
+
+    def __init__(self, part: nn.Module, turn: int) -> None:
+        super().__init__()
+        self._part = part
+        self._turn = turn
+        self._next = 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        mine, self._next = self._next == self._turn, 1 - self._next
+        out: torch.Tensor = self._part(hidden) if mine else hidden
+        return out
 
 
 class NoPositions(nn.Module):
@@ -105,13 +123,19 @@ def _empty(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> None:
     layers = base.get_submodule(anatomy.layers)
     for index in range(len(layers)):
         if not span.start <= index < span.stop:
-            layers[index] = PassThrough()
+            layers[index] = PassThrough(in_tuple=anatomy.in_tuples)
+    both = set(anatomy.before) & set(anatomy.after)
+    for name in both:
+        if span.embed != span.head:
+            base.set_submodule(name, InTurn(base.get_submodule(name), turn=int(span.head)))
+        elif not span.embed:
+            base.set_submodule(name, PassThrough())
     if not span.head:
-        for name in anatomy.after:
+        for name in set(anatomy.after) - both:
             base.set_submodule(name, PassThrough())
         _drop_head(model)
     if not span.embed:
-        for name in anatomy.before:
+        for name in set(anatomy.before) - both:
             base.set_submodule(name, PassThrough())
         for name in anatomy.positions:
             base.set_submodule(name, NoPositions())
