@@ -79,6 +79,7 @@ class Engine:
             self.job = Job(options, reader.blueprint, self._ranks.cluster)
             opened.callback(self.job.unload)
             pipeline = self.job.start()
+            self._read_bytes = pipeline.read_bytes
             self.master = Master(pipeline, _scheduler(self.job, pipeline.stages), options.engine.prompt_chunk)
             opened.callback(self.master.close)
             self._opened = opened.pop_all()
@@ -118,8 +119,8 @@ class Engine:
         """What each rank holds and how it spends its time."""
         totals = self.master.stats
         said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
-        peaks = {rank: status.peak_bytes for rank, status in said.items() if isinstance(status, Status)}
-        peaks[0] = host.peak_memory()
+        heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
+        heard[0] = Status(peak_bytes=host.peak_memory(), read_bytes=self._read_bytes)
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
             spent = totals.stages[place] if place < len(totals.stages) else None
@@ -129,7 +130,8 @@ class Engine:
                     "span": str(stage.span),
                     "weight_bytes": stage.weight_bytes,
                     "kv_bytes": stage.kv_bytes,
-                    "peak_rss_bytes": peaks.get(stage.rank, 0),
+                    "read_bytes": heard[stage.rank].read_bytes if stage.rank in heard else 0,
+                    "peak_rss_bytes": heard[stage.rank].peak_bytes if stage.rank in heard else 0,
                     "wait_s": spent.wait if spent else 0.0,
                     "layers_s": spent.body if spent else 0.0,
                     "head_s": spent.head if spent else 0.0,

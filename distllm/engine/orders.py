@@ -85,7 +85,8 @@ class Status:
 
     `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended) and
     `failure` why it could not be, `ring_broke` that this was no fault of the rank. `received` and `finished` are ids of
-    steps, BEFORE_STEPS at first; `still_s` is the time since the last progress.
+    steps, BEFORE_STEPS at first; `read_bytes` is what its weights took of files; `still_s` is the time since the last
+    progress.
     """
 
     epoch: int = 0
@@ -94,6 +95,7 @@ class Status:
     failure: str | None = None
     ring_broke: bool = False
     loaded_bytes: int = 0
+    read_bytes: int = 0
     received: int = BEFORE_STEPS
     finished: int = BEFORE_STEPS
     still_s: float = 0.0

@@ -50,6 +50,7 @@ class Pipeline:
         self.kv_tokens = loaded.order.plan.kv_tokens
         self.stages = len(loaded.order.plan.stages)
         self.deadline_s = loaded.order.deadline_s
+        self.read_bytes = loaded.runner.shard.read_bytes
         self.pulse_s = min(PULSE_S, self.deadline_s / PULSES_PER_DEADLINE) if wire else None
 
     @property

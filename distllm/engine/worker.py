@@ -161,6 +161,7 @@ class Worker:
         del before
         gc.collect()  # modules refer to each other in circles; two shards at once might not fit
         self._loaded = load(order, self.rank, self._snapshot.add_loaded, blueprint)
+        self._snapshot.note(read_bytes=self._loaded.runner.shard.read_bytes)
 
     def _serve_ring(self, order: JoinOrder) -> None:
         assert self._loaded is not None, "a rank loads before it joins"

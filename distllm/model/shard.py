@@ -58,7 +58,11 @@ class NoPositions(nn.Module):
 
 
 class Shard:
-    """The part of a model that one rank holds. Weights are on the meta device until `weights.load` fills them."""
+    """The part of a model that one rank holds. Weights are on the meta device until `weights.load` fills them.
+
+    Attributes:
+        read_bytes: of the checkpoint's files, to fill it.
+    """
 
     def __init__(self, config: PretrainedConfig, anatomy: Anatomy, span: Span, dtype: torch.dtype) -> None:
         self.span = span
@@ -67,6 +71,7 @@ class Shard:
         with families.parameters_on_meta():
             self.model = families.build(config, dtype)
         _empty(self.model, anatomy, span)
+        self.read_bytes = 0
         self.body_done = 0.0
         self.base.register_forward_hook(self._note_time)
         self._attention: CachedAttention | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import threading
 from collections.abc import Callable, Container
 from contextlib import ExitStack
 from functools import partial
@@ -40,18 +41,31 @@ LAYER_OVERHEAD_BYTES = 8 * 10**6
 class LazyTensor:
     """What transformers' loader takes for a tensor: read when it is sliced, and looked over and counted then."""
 
-    def __init__(self, slice_: Any, nbytes: int, progress: Progress, is_odd: Callable[[], None]) -> None:
+    def __init__(self, slice_: Any, see: Callable[[torch.Tensor], None]) -> None:
         self._slice = slice_
-        self._nbytes = nbytes
-        self._progress = progress
-        self._is_odd = is_odd
+        self._see = see
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._slice[index]
-        if not _is_finite(tensor):
-            self._is_odd()
-        self._progress(self._nbytes)
+        self._see(tensor)
         return tensor
+
+
+class Tally:
+    """What was seen of a shard's tensors while they were read, by several threads."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self.read_bytes = 0
+        self.odd: list[str] = []
+
+    def see(self, name: str, held_bytes: int, tensor: torch.Tensor) -> None:
+        odd = not _is_finite(tensor)
+        with self._lock:
+            self.read_bytes += tensor.nbytes
+            self.odd += [name] * odd
+        self._progress(held_bytes)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -187,19 +201,19 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
     names = sorted(tensors.files(shard))
     tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
     tensors.checkpoint.check(names)
-    odd: list[str] = []
+    tally = Tally(progress)
     with ExitStack() as files:
         slices: dict[str, LazyTensor] = {}
         opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in names}
         for name in tensors.owned(shard):
             info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
-            slices[target.alias] = LazyTensor(
-                opened[info.file].get_slice(name), _held_bytes(info, shard.dtype), progress, partial(odd.append, name)
-            )
+            see = partial(tally.see, name, _held_bytes(info, shard.dtype))
+            slices[target.alias] = LazyTensor(opened[info.file].get_slice(name), see)
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
-    if odd:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        first = min(odd)
+    shard.read_bytes = tally.read_bytes
+    if tally.odd:
+        more = f" and {len(tally.odd) - 1} more" if len(tally.odd) > 1 else ""
+        first = min(tally.odd)
         where = folder / tensors.checkpoint.tensors[first].file
         logger.warning("%s: tensor %s%s holds numbers that are not finite; expect no sense of it", where, first, more)
     if shard.span.head:

@@ -64,6 +64,7 @@ def test_a_rank_holds_its_own_part_and_little_more(tmp_path: Path, tied: bool) -
     idle = int(run(IDLE))
     ranks = json.loads(run(RANKS, str(tmp_path)))
     assert sum(rank["weight_bytes"] for rank in ranks) == checkpoint + table * tied
+    assert [rank["read_bytes"] for rank in ranks] == [rank["weight_bytes"] for rank in ranks]
     for rank in ranks:
         above = rank["peak_rss_bytes"] - idle
         most = 1.15 * rank["weight_bytes"] + rank["kv_bytes"] + SPARE_BYTES
