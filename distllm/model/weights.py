@@ -58,14 +58,24 @@ class Tally:
         self._progress = progress
         self._lock = threading.Lock()
         self.read_bytes = 0
-        self.odd: list[str] = []
+        self._odd: list[str] = []
 
     def see(self, name: str, held_bytes: int, tensor: torch.Tensor) -> None:
         odd = not _is_finite(tensor)
         with self._lock:
             self.read_bytes += tensor.nbytes
-            self.odd += [name] * odd
+            self._odd += [name] * odd
         self._progress(held_bytes)
+
+    def warn(self, checkpoint: Checkpoint) -> None:
+        """Of numbers that no model should have."""
+        if self._odd:
+            first = min(self._odd)
+            where = checkpoint.path / checkpoint.tensors[first].file
+            more = f" and {len(self._odd) - 1} more" if len(self._odd) > 1 else ""
+            logger.warning(
+                "%s: tensor %s%s holds numbers that are not finite; expect no sense of it", where, first, more
+            )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -203,19 +213,15 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
     tensors.checkpoint.check(names)
     tally = Tally(progress)
     with ExitStack() as files:
-        slices: dict[str, LazyTensor] = {}
         opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in names}
+        slices = {}
         for name in tensors.owned(shard):
             info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
             see = partial(tally.see, name, _held_bytes(info, shard.dtype))
             slices[target.alias] = LazyTensor(opened[info.file].get_slice(name), see)
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
     shard.read_bytes = tally.read_bytes
-    if tally.odd:
-        more = f" and {len(tally.odd) - 1} more" if len(tally.odd) > 1 else ""
-        first = min(tally.odd)
-        where = folder / tensors.checkpoint.tensors[first].file
-        logger.warning("%s: tensor %s%s holds numbers that are not finite; expect no sense of it", where, first, more)
+    tally.warn(tensors.checkpoint)
     if shard.span.head:
         shard.model.tie_weights()
     shard.model.requires_grad_(False)
