@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of the real Hub
 
 import psutil
 import pytest

@@ -57,7 +57,8 @@ def look(
     hub: FakeHub, home: Path, *words: str, repository: str = FakeHub.repository, **environ: str
 ) -> dict[str, object]:
     """What a process says of a repository; words are a revision and files to download."""
-    environ = {"HF_ENDPOINT": hub.endpoint("someone"), "HF_HOME": str(home), "DISTLLM_CACHE": str(home)} | environ
+    usual = {"HF_ENDPOINT": hub.endpoint("someone"), "HF_HOME": str(home), "DISTLLM_CACHE": str(home)}
+    environ = usual | {"HF_HUB_OFFLINE": "0"} | environ
     command = [sys.executable, "-c", SCRIPT, repository, *(words or ("",))]
     done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

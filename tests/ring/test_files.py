@@ -53,7 +53,8 @@ def of_hub(hub: FakeHub, homes: Path) -> Callable[[int], dict[str, str]]:
 
     def environ(rank: int) -> dict[str, str]:
         home = str(homes / f"rank{rank}")
-        return {"HF_ENDPOINT": hub.endpoint(f"rank{rank}"), "HF_HOME": home, "DISTLLM_CACHE": f"{home}/distllm"}
+        where = {"HF_ENDPOINT": hub.endpoint(f"rank{rank}"), "HF_HOME": home, "DISTLLM_CACHE": f"{home}/distllm"}
+        return where | {"HF_HUB_OFFLINE": "0"}
 
     return environ
 
