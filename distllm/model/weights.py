@@ -6,7 +6,6 @@ slices, of which it reads those that the shard owns. Knows nothing of ranks.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import threading
@@ -29,8 +28,6 @@ from distllm.model.shard import Shard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 Progress = Callable[[int], None]
 
 # A step of few rows takes as long as reading the weights, and a layer besides as long as its many small operations:
@@ -39,7 +36,7 @@ LAYER_OVERHEAD_BYTES = 8 * 10**6
 
 
 class LazyTensor:
-    """What transformers' loader takes for a tensor: read when it is sliced, and looked over and counted then."""
+    """What transformers' loader takes for a tensor: read when it is sliced, and counted then."""
 
     def __init__(self, slice_: Any, see: Callable[[torch.Tensor], None]) -> None:
         self._slice = slice_
@@ -52,37 +49,17 @@ class LazyTensor:
 
 
 class Tally:
-    """What was seen of a shard's tensors while they were read, by several threads."""
+    """Counts what is read, in several threads."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._lock = threading.Lock()
         self.read_bytes = 0
-        self._odd: list[str] = []
 
-    def see(self, name: str, held_bytes: int, tensor: torch.Tensor) -> None:
-        odd = not _is_finite(tensor)
+    def see(self, held_bytes: int, tensor: torch.Tensor) -> None:
         with self._lock:
             self.read_bytes += tensor.nbytes
-            self._odd += [name] * odd
         self._progress(held_bytes)
-
-    def warn(self, checkpoint: Checkpoint) -> None:
-        """Of numbers that no model should have."""
-        if self._odd:
-            first = min(self._odd)
-            where = checkpoint.path / checkpoint.tensors[first].file
-            more = f" and {len(self._odd) - 1} more" if len(self._odd) > 1 else ""
-            logger.warning(
-                "%s: tensor %s%s holds numbers that are not finite; expect no sense of it", where, first, more
-            )
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether there is no NaN and no infinity; as fast as memory can be read, unlike `isfinite`."""
-    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-        return True
-    return all(bool(edge.isfinite()) for edge in torch.aminmax(tensor))
 
 
 class TensorMap:
@@ -217,11 +194,10 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
         slices = {}
         for name in tensors.owned(shard):
             info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
-            see = partial(tally.see, name, _held_bytes(info, shard.dtype))
+            see = partial(tally.see, _held_bytes(info, shard.dtype))
             slices[target.alias] = LazyTensor(opened[info.file].get_slice(name), see)
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
     shard.read_bytes = tally.read_bytes
-    tally.warn(tensors.checkpoint)
     if shard.span.head:
         shard.model.tie_weights()
     shard.model.requires_grad_(False)
