@@ -130,18 +130,18 @@ class CachedAttention:
         keys_GNK.index_copy_(1, self.layout.places_T, key[0])
         values_GNK.index_copy_(1, self.layout.places_T, value[0])
         query_THK = query[0].transpose(0, 1)
+        by_scores = asked.softcap is not None or asked.sinks_H is not None
+        attend_row = _attend_by_scores if by_scores else _attend_row
         parts_tHK = []
         for row in self.layout.rows:
             since = kind.since(row.start)
             keys_GLK, values_GLK = row.view(keys_GNK, since), row.view(values_GNK, since)
             query_tHK = query_THK[row.first : row.first + row.tokens]
-            mask_tL = _mask(self.layout, row, since, kind)
-            if asked.softcap is not None or asked.sinks_H is not None:
-                parts_tHK.append(_attend_by_scores(query_tHK, keys_GLK, values_GLK, asked, mask_tL))
-            elif row.tokens == 1:
+            if row.tokens == 1 and not by_scores:
                 parts_tHK.append(_attend_token(query_tHK, keys_GLK, values_GLK, asked))
             else:
-                parts_tHK.append(_attend_row(query_tHK, keys_GLK, values_GLK, asked, mask_tL))
+                mask_tL = _mask(self.layout, row, since, kind)
+                parts_tHK.append(attend_row(query_tHK, keys_GLK, values_GLK, asked, mask_tL))
         return torch.cat(parts_tHK).unsqueeze(0)
 
 

@@ -148,7 +148,7 @@ def _observe(model: PreTrainedModel) -> Anatomy:
         if any(True for _ in base.get_submodule(name).parameters()):
             raise ValueError(f"{kind} uses its {name} before and after its layers; it cannot be cut into stages")
     return Anatomy(
-        embed=_name_of(base, model.get_input_embeddings()),
+        embed=name_of(base, model.get_input_embeddings()),
         before=before,
         positions=positions,
         layers=layers,
@@ -257,5 +257,6 @@ def _context_length(config: PretrainedConfig) -> int:
     return min(longest, int(original or longest))
 
 
-def _name_of(base: nn.Module, part: nn.Module) -> str:
+def name_of(base: nn.Module, part: nn.Module | None) -> str:
+    """What a module calls one that it holds; empty for itself, and for one that it does not hold."""
     return next((name for name, module in base.named_modules() if module is part), "")

@@ -50,36 +50,36 @@ class HubFiles(LocalFiles):
         self._headers = headers / repository.replace("/", "--") / self.commit
 
     def has(self, name: str) -> bool:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        """Whether the repository has such a file of weights; its header is kept, for it is wanted next."""
         from huggingface_hub.errors import EntryNotFoundError
 
         if super().has(name) or self._kept(name).exists():
             return True
         try:
-            with _sentences(self._repository, self.commit):
-                get_hf_file_metadata(hf_hub_url(self._repository, name, revision=self.commit))
+            self._keep(name)
         except EntryNotFoundError:
             return False
         return True
 
-    def _kept(self, name: str) -> Path:
-        return self._headers / f"{name}.json"
-
     def header(self, name: str) -> Headers:
         if super().has(name):
             return super().header(name)
-        kept = self._kept(name)
-        if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_name(f"{name}.{os.getpid()}.part")
-            part.write_text(json.dumps(self._download_header(name)))
-            part.rename(kept)
-        infos = {
-            tensor: TensorInfo(name, tuple(shape), dtype)
-            for tensor, (shape, dtype) in json.loads(kept.read_text()).items()
-        }
+        if not self._kept(name).exists():
+            self._keep(name)
+        kept = json.loads(self._kept(name).read_text())
+        infos = {tensor: TensorInfo(name, tuple(shape), dtype) for tensor, (shape, dtype) in kept.items()}
         check_infos(self.folder / name, infos)
         return infos
+
+    def _kept(self, name: str) -> Path:
+        return self._headers / f"{name}.json"
+
+    def _keep(self, name: str) -> None:
+        content = json.dumps(self._download_header(name))
+        self._headers.mkdir(parents=True, exist_ok=True)
+        part = self._headers / f"{name}.{os.getpid()}.part"
+        part.write_text(content)
+        part.rename(self._kept(name))
 
     def _download_header(self, name: str) -> dict[str, tuple[list[int], str]]:
         from huggingface_hub import HfApi

@@ -76,8 +76,9 @@ class TensorMap:
             model = families.build(checkpoint.config, torch.float32)
         self._parameters: dict[str, torch.Tensor] = model.state_dict()
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
-        self._head = _name_of(model, model.get_output_embeddings())
-        self._base = f"{_name_of(model, families.base_of(model))}."
+        self._head = families.name_of(model, model.get_output_embeddings())
+        base = families.name_of(model, families.base_of(model))
+        self._base = f"{base}." if base else ""
         targets = conversion.targets(model, checkpoint.tensors, self._parameters)
         sources = {target.parameter for target in targets.values()}
         self.targets: dict[str, Target] = {}
@@ -98,7 +99,7 @@ class TensorMap:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"{self.checkpoint.path}: no tensor for {missing[0]}{more}; is the checkpoint whole?")
         others = (name for name in self.checkpoint.tensors if name not in known)
-        for name in conversion.surplus(model, others, is_part=self.checkpoint.is_part):
+        if name := next(conversion.surplus(model, others, is_part=self.checkpoint.is_part), None):
             file = self.checkpoint.path / self.checkpoint.tensors[name].file
             kind = self.checkpoint.config.model_type
             raise ValueError(f"{file}: tensor {name} has no place in this {kind} model; is config.json another's?")
@@ -219,7 +220,3 @@ def _held_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
 
 def _is_float(info: TensorInfo) -> bool:
     return info.dtype.startswith(("BF", "F"))
-
-
-def _name_of(model: PreTrainedModel, part: torch.nn.Module | None) -> str:
-    return next((name for name, module in model.named_modules() if module is part), "")
