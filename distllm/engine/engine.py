@@ -79,6 +79,7 @@ class Engine:
             self.job = Job(options, reader.blueprint, self._ranks.cluster)
             opened.callback(self.job.unload)
             pipeline = self.job.start()
+            opened.callback(pipeline.free)
             self._read_bytes = pipeline.read_bytes
             self.master = Master(pipeline, _scheduler(self.job, pipeline.stages), options.engine.prompt_chunk)
             opened.callback(self.master.close)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import socket
 import uuid
@@ -91,3 +93,15 @@ def peak_memory() -> int:
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def give_back_memory() -> None:
+    """Returns to the system what a forgotten shard has held; two shards at once might not fit.
+
+    Modules refer to each other in circles, which only the collector finds; and malloc keeps large blocks that were
+    freed once for the next, whose sizes may not suit them: a second shard then doubled what a rank held.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc's; other libraries give back by themselves
+        trim(ctypes.c_size_t(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -105,8 +104,7 @@ class Job:
                 pass
         except WireBroken as broken:
             raise pipeline.verdict(broken) from broken
-        del pipeline
-        gc.collect()  # modules refer to each other in circles; two shards at once might not fit
+        pipeline.free()
         self.plan = better
         self._tell(better)
         return self._form(better)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from distllm.core import EngineError, Step
+from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.loading import Loaded
 from distllm.engine.worker import Outbox
@@ -38,8 +39,9 @@ class Pipeline:
     """One epoch of one model, seen from rank 0. Leaving it as a context ends the epoch on every rank."""
 
     def __init__(self, loaded: Loaded, wire: Wire | None, cluster: Cluster | None) -> None:
-        self._loaded = loaded
         self._runner = loaded.runner
+        self._dtype = loaded.runner.shard.dtype
+        self._ring = [stage.rank for stage in loaded.order.plan.stages]
         self._wire = wire
         self._cluster = cluster
         self._outbox = Outbox(loaded.frame_bytes)
@@ -48,7 +50,7 @@ class Pipeline:
         self._last_step = -1
         self.threads = loaded.order.threads
         self.kv_tokens = loaded.order.plan.kv_tokens
-        self.stages = len(loaded.order.plan.stages)
+        self.stages = len(self._ring)
         self.deadline_s = loaded.order.deadline_s
         self.read_bytes = loaded.runner.shard.read_bytes
         self.pulse_s = min(PULSE_S, self.deadline_s / PULSES_PER_DEADLINE) if wire else None
@@ -104,13 +106,17 @@ class Pipeline:
 
     def _next_frame(self) -> Frame:
         assert self._wire is not None
-        return frames.decode(self._wire.receive(), self._runner.shard.dtype)
+        return frames.decode(self._wire.receive(), self._dtype)
 
     def verdict(self, broken: Exception) -> EngineError:
         """Who broke the ring."""
         assert self._cluster is not None, "one rank alone has no ring to break"
-        ring = [stage.rank for stage in self._loaded.order.plan.stages]
-        return self._cluster.verdict(broken, ring, self._last_step)
+        return self._cluster.verdict(broken, self._ring, self._last_step)
+
+    def free(self) -> None:
+        """Forgets rank 0's shard, after the epoch has ended."""
+        del self._runner
+        host.give_back_memory()
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,6 @@ called by RPC threads; they only drop an order into the inbox or read the snapsh
 
 from __future__ import annotations
 
-import gc
 import logging
 import queue
 import threading
@@ -148,7 +147,7 @@ class Worker:
 
     def _unload(self) -> None:
         self._loaded = None
-        gc.collect()
+        host.give_back_memory()
         self._snapshot.note(loaded_bytes=0)
 
     def _load(self, order: LoadOrder) -> None:
@@ -159,7 +158,7 @@ class Worker:
         if before is not None and (before.order.model, before.order.fingerprint) == (order.model, order.fingerprint):
             blueprint = before.blueprint
         del before
-        gc.collect()  # modules refer to each other in circles; two shards at once might not fit
+        host.give_back_memory()
         self._loaded = load(order, self.rank, self._snapshot.add_loaded, blueprint)
         self._snapshot.note(read_bytes=self._loaded.runner.shard.read_bytes)
 

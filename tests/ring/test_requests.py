@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fakes import tiny_checkpoint
 from distllm import LLM, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, ModelConfig
 from distllm.engine.reader import Reader
+from distllm.model.shard import Shard
 
 SAMPLED = SamplingParams(max_tokens=16, temperature=0.9, top_p=0.95, top_k=200, repetition_penalty=1.1, seed=1234)
 
@@ -126,6 +128,18 @@ def test_a_request_that_cannot_be_answered_harms_no_other(tmp_path: Path) -> Non
         assert len(both[0].token_ids) == 3
         assert both[0].token_ids == both[1].token_ids
         assert llm.stats()["kv_blocks_used"] == 0
+
+
+def test_a_closed_llm_holds_no_weights(tmp_path: Path) -> None:
+    def shards() -> int:
+        return sum(type(each) is Shard for each in gc.get_objects())
+
+    gc.collect()
+    before = shards()
+    with opened(tiny_checkpoint(tmp_path), 1) as llm:
+        assert shards() == before + 1
+    assert shards() == before
+    llm.close()
 
 
 @pytest.mark.parametrize("prompt", ["", []])
