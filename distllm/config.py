@@ -14,15 +14,17 @@ from typing import Any
 
 from distllm.core import SamplingParams
 
-WHOLE_RIVAL, SPLIT_RIVAL = "transformers", "transformers-pp"
+WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL = "transformers", "transformers-pp", "distllm-plain"
 
 # Keys that take one of a few words, or a list of them.
 CHOICES = {
     "task": ("generate", "plan", "bench"),
     "log_level": ("debug", "info", "warning", "error"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
+    "quantization.head": ("none", "int8", "int4"),
     "plan.strategy": ("balanced", "even", "manual"),
-    "bench.rivals": (WHOLE_RIVAL, SPLIT_RIVAL),
+    "bench.rivals": (WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL),
 }
 
 # What values of a type are called.
@@ -92,6 +94,20 @@ class ClusterConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class QuantizationConfig:
+    """Weights in fewer bits."""
+
+    method: str = key("none", "of the layers: none, int8, int4, or bitsandbytes' bnb_int8 and bnb_nf4")
+    head: str = key("int8", "of the head, where the layers have a method: none, int8, int4")
+    group: int = key(32, "numbers that share a scale in int4: 32, 64, 128 or 256")
+    stages: list[int] | None = key(None, "ranks that hold their part so, such as [0,2]; by default all")
+
+    def on(self, rank: int) -> bool:
+        """Whether a rank holds its part in fewer bits."""
+        return self.method != "none" and (self.stages is None or rank in self.stages)
+
+
+@dataclass(kw_only=True, slots=True)
 class PlanConfig:
     """Who holds what."""
 
@@ -119,7 +135,9 @@ class BenchConfig:
     """What task=bench measures."""
 
     ranks: int = key(2, "ranks of distllm, one thread each, and of its rivals")
-    rivals: list[str] = key(["transformers", "transformers-pp"], "whom to compare with")
+    rivals: list[str] = key(
+        [WHOLE_RIVAL, SPLIT_RIVAL], "whom to compare with; distllm-plain quantizes nothing"
+    )
     requests: list[int] = key([1, 8, 32], "numbers of simultaneous requests")
     rounds: int = key(5, "measured rounds of each, turn by turn, after one to warm up")
     prompt_tokens: int = key(8, "tokens of a prompt")
@@ -143,12 +161,13 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
 
-Section = Config | ModelConfig | ClusterConfig | PlanConfig | EngineConfig | BenchConfig
+Section = Config | ModelConfig | ClusterConfig | QuantizationConfig | PlanConfig | EngineConfig | BenchConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +239,8 @@ RULES: dict[str, Rule] = {
     "cluster.join_timeout_s": _positive(DAY_S, " seconds"),
     "cluster.load_timeout_s": _positive(DAY_S, " seconds"),
     "cluster.deadline_s": _within(1, DAY_S, " seconds"),
+    "quantization.group": (lambda numbers: numbers in (32, 64, 128, 256), "32, 64, 128 or 256"),
+    "quantization.stages": (lambda ranks: all(rank >= 0 for rank in ranks), "numbers of ranks, from 0"),
     "plan.layers": (lambda counts: all(count >= 0 for count in counts), "numbers of 0 or more"),
     "plan.memory_fraction": _positive(1),
     "plan.min_gain": _within(0, 1, ", a share of a step's time"),
@@ -251,20 +272,37 @@ def validate(config: Config) -> None:
         raise ValueError("output= is for the answers to prompts=FILE: give that too, or redirect standard output")
     _check_names(config)
     config.sampling.params()
-    validate_engine(config.model, config.cluster, config.plan, config.engine)
+    validate_engine(
+        model=config.model,
+        cluster=config.cluster,
+        quantization=config.quantization,
+        plan=config.plan,
+        engine=config.engine,
+    )
     _check_values("bench.", config.bench)
     if config.task == "bench":
         _check_bench(config)
 
 
-def validate_engine(model: ModelConfig, cluster: ClusterConfig, plan: PlanConfig, engine: EngineConfig) -> None:
+def validate_engine(
+    *,
+    model: ModelConfig,
+    cluster: ClusterConfig,
+    quantization: QuantizationConfig,
+    plan: PlanConfig,
+    engine: EngineConfig,
+) -> None:
     """The checks of the sections that the library takes too.
 
     Raises:
         ValueError: names the key, the value and the fix.
     """
-    for name, section in (("model", model), ("cluster", cluster), ("plan", plan), ("engine", engine)):
+    sections: dict[str, Section]
+    sections = {"model": model, "cluster": cluster, "quantization": quantization, "plan": plan, "engine": engine}
+    for name, section in sections.items():
         _check_values(f"{name}.", section)
+    if quantization.method == "none" and quantization.stages is not None:
+        raise ValueError("quantization.stages is given without a method: add quantization=int8 or another")
     if (plan.strategy == "manual") != (plan.layers is not None):
         raise ValueError("plan.strategy=manual and plan.layers=[...] go together: give both or neither")
     if engine.kv_tokens is not None and engine.kv_tokens < engine.block_tokens:

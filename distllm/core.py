@@ -132,7 +132,8 @@ class ModelSizes:
     """What the parts of a model weigh; lengths in layers, sizes in bytes.
 
     `tied_bytes` is the part of `head_bytes` that a rank does not hold twice when it also has the embeddings.
-    `kv_bytes` is per layer and token. `layer_work` and `head_work` are in any one unit of time per step.
+    `kv_bytes` is per layer and token. `layer_work` and `head_work` are in any one unit of time per step. `quantized`
+    is the same for the ranks that hold their part in fewer bits.
     """
 
     layer_bytes: tuple[int, ...]
@@ -143,6 +144,11 @@ class ModelSizes:
     layer_work: tuple[float, ...]
     head_work: float
     context_length: int
+    quantized: ModelSizes | None = None
+
+    def on(self, member: Member) -> ModelSizes:
+        """What the parts weigh on this rank."""
+        return self.quantized if self.quantized is not None and member.quantizes else self
 
     @property
     def layers(self) -> int:
@@ -166,7 +172,8 @@ class Member:
     """A rank that has registered with the master; `life` is unique to the process life.
 
     `memory_bytes` is what this rank may use of its host's free memory, or of its GPU's; `speed` is relative to other
-    members. `pid_namespace` and `started` (seconds since 1970) tell whether a pid seen elsewhere is this process.
+    members, `quantizes` whether it holds its part in fewer bits. `pid_namespace` and `started` (seconds since 1970)
+    tell whether a pid seen elsewhere is this process.
     """
 
     life: str
@@ -182,6 +189,7 @@ class Member:
     cores: int
     versions: tuple[tuple[str, str], ...] = ()
     speed: float = 1.0
+    quantizes: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, validate_engine
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, validate_engine
 from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
@@ -76,6 +76,7 @@ class LLM:
         model: folder of a checkpoint, a model configuration, or a reader that has looked the model through.
         workers: ranks to start on this host, this process included; 0 takes torchrun's, or this process alone.
         dtype: of weights and KV: auto, float32, bfloat16 or float16.
+        quantization: weights in fewer bits: none, int8, int4, bnb_int8, bnb_nf4, or the section with its options.
         cluster, plan, engine: further options, as in the sections of the command line's configuration.
 
     Raises:
@@ -89,6 +90,7 @@ class LLM:
         *,
         workers: int | None = None,
         dtype: str | None = None,
+        quantization: str | QuantizationConfig | None = None,
         cluster: ClusterConfig | None = None,
         plan: PlanConfig | None = None,
         engine: EngineConfig | None = None,
@@ -100,10 +102,11 @@ class LLM:
         options = Options(
             model=wanted if dtype is None else replace(wanted, dtype=dtype),
             cluster=cluster if workers is None else replace(cluster, workers=workers),
+            quantization=_quantization(quantization),
             plan=plan or PlanConfig(),
             engine=engine or EngineConfig(),
         )
-        validate_engine(options.model, options.cluster, options.plan, options.engine)
+        validate_engine(**{each.name: getattr(options, each.name) for each in fields(options)})
         rendezvous = launched()
         if rendezvous is not None and rendezvous.rank != 0:
             raise SystemExit(serve_here(options.cluster))
@@ -281,6 +284,10 @@ def _wanted(model: str | Path | ModelConfig | Reader) -> ModelConfig:
     if isinstance(model, Reader):
         return model.model
     return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
+
+
+def _quantization(given: str | QuantizationConfig | None) -> QuantizationConfig:
+    return given if isinstance(given, QuantizationConfig) else QuantizationConfig(method=given or "none")
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -191,7 +191,7 @@ def _generate(config: Config) -> int:
 def _opened(config: Config, reader: Reader) -> LLM:
     from distllm.llm import LLM
 
-    return LLM(reader, cluster=config.cluster, plan=config.plan, engine=config.engine)
+    return LLM(reader, cluster=config.cluster, quantization=config.quantization, plan=config.plan, engine=config.engine)
 
 
 def _plan(config: Config) -> int:
@@ -202,7 +202,13 @@ def _plan(config: Config) -> int:
     from distllm.llm import launched
     from distllm.plan.report import as_json, as_table
 
-    options = Options(model=config.model, cluster=config.cluster, plan=config.plan, engine=config.engine)
+    options = Options(
+        model=config.model,
+        cluster=config.cluster,
+        quantization=config.quantization,
+        plan=config.plan,
+        engine=config.engine,
+    )
     blueprint = open_blueprint(config.model)
     ranks = Ranks(options, launched())
     try:

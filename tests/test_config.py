@@ -192,8 +192,8 @@ def test_the_plan_section_stands_alone() -> None:
     ],
 )
 def test_the_library_is_told_of_a_wrong_type(sections: dict[str, Any], sentence: str) -> None:
-    whole = Config()
-    given = {name: sections.get(name, getattr(whole, name)) for name in ("model", "cluster", "plan", "engine")}
+    names = ("model", "cluster", "quantization", "plan", "engine")
+    given = {name: sections.get(name, getattr(Config(), name)) for name in names}
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         validate_engine(**given)
 

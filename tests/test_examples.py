@@ -28,5 +28,15 @@ def test_under_torchrun(smollm2: Path) -> None:
     assert "rank 1 has served" in done.stderr
 
 
+def test_quantized(smollm2: Path) -> None:
+    lines = run(str(EXAMPLES / "quantized.py"), str(smollm2)).stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["none", "int8", "int4"]
+    assert all("Paris" in line for line in lines)
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"two_ranks.py", "under_torchrun.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "quantized.py",
+        "two_ranks.py",
+        "under_torchrun.py",
+    }

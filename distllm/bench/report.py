@@ -31,6 +31,7 @@ class Setting:
     model: str
     path: str
     dtype: str
+    quantization: str
     cores: int
     cpu: str
     elsewhere: float
@@ -55,6 +56,7 @@ def _config(setting: Setting) -> dict[str, object]:
         "model": setting.model,
         "path": setting.path,
         "dtype": setting.dtype,
+        "quantization": setting.quantization,
         "threads_per_rank": 1,
         **asdict(setting.options),
         "cores": setting.cores,
@@ -110,7 +112,8 @@ def as_table(setting: Setting, comparisons: Sequence[Comparison]) -> str:
     """The findings as plain text."""
     options = setting.options
     lines = [
-        f"{setting.model} ({setting.path}) in {setting.dtype}",
+        f"{setting.model} ({setting.path}) in {setting.dtype}"
+        + ("" if setting.quantization == "none" else f", weights of distllm in {setting.quantization}"),
         f"{options.ranks} ranks of one thread on {setting.cores} cores, {setting.cpu}; "
         + ", ".join(f"{package} {version(package)}" for package in PACKAGES),
         f"prompts of {options.prompt_tokens} tokens, {options.new_tokens} new tokens each, greedy; "

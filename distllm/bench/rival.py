@@ -26,7 +26,7 @@ import psutil
 
 from distllm.bench.engines import Prompts, checked
 from distllm.bench.figures import Batch
-from distllm.config import SPLIT_RIVAL, WHOLE_RIVAL
+from distllm.config import PLAIN_RIVAL, SPLIT_RIVAL, WHOLE_RIVAL
 from distllm.core import EngineError
 from distllm.net import address
 
@@ -181,16 +181,24 @@ def _transformers_pp(match: Match) -> Rival:
     return _generate(SPLIT_RIVAL, launcher, match, ["--threads=1", "--pipeline"])
 
 
+def _plain(match: Match) -> Rival:
+    """distllm without quantization, on as many ranks."""
+    command = [sys.executable, "-m", "distllm.bench.rivals.plain", f"--ranks={match.ranks}"]
+    return _run(PLAIN_RIVAL, command, match)
+
+
 def _generate(name: str, launcher: Sequence[str], match: Match, options: Sequence[str]) -> Rival:
-    command = [*launcher, "-m", "distllm.bench.rivals.generate", *options]
-    command += [f"--folder={match.folder}", f"--dtype={match.dtype}"]
+    return _run(name, [*launcher, "-m", "distllm.bench.rivals.generate", *options], match)
+
+
+def _run(name: str, command: Sequence[str], match: Match) -> Rival:
     environ = {
         "OMP_NUM_THREADS": "1",  # each sets its own number; this keeps torchrun from a warning
         "GLOO_SOCKET_IFNAME": address.loopback().name,
         "HF_HUB_OFFLINE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    return Rival(name, command, environ, match.deadline_s)
+    return Rival(name, [*command, f"--folder={match.folder}", f"--dtype={match.dtype}"], environ, match.deadline_s)
 
 
 def _free_port() -> int:
@@ -200,4 +208,8 @@ def _free_port() -> int:
     return port
 
 
-RIVALS: Mapping[str, Callable[[Match], Rival]] = {WHOLE_RIVAL: _transformers, SPLIT_RIVAL: _transformers_pp}
+RIVALS: Mapping[str, Callable[[Match], Rival]] = {
+    WHOLE_RIVAL: _transformers,
+    SPLIT_RIVAL: _transformers_pp,
+    PLAIN_RIVAL: _plain,
+}

@@ -92,7 +92,15 @@ def _opened(config: Config, blueprint: Blueprint) -> Iterator[tuple[list[Engine]
         for rival in rivals:
             rival.wait_ready()
         cluster = replace(config.cluster, workers=options.ranks, threads=1)
-        llm = stack.enter_context(LLM(config.model, cluster=cluster, plan=config.plan, engine=config.engine))
+        llm = stack.enter_context(
+            LLM(
+                config.model,
+                cluster=cluster,
+                quantization=config.quantization,
+                plan=config.plan,
+                engine=config.engine,
+            )
+        )
         yield [Ours(llm), *rivals], llm.plan
 
 
@@ -123,6 +131,7 @@ def _setting(config: Config, blueprint: Blueprint, plan: Plan, elsewhere: float)
         model=config.model.name or path.name,
         path=str(path),
         dtype=str(blueprint.dtype).removeprefix("torch."),
+        quantization=config.quantization.method,
         cores=cores(),
         cpu=cpu_model(),
         elsewhere=elsewhere,

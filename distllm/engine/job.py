@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 import torch
 from tqdm import tqdm
 
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig
 from distllm.core import EngineError, Member, ModelSizes, Plan
 from distllm.engine import host
 from distllm.engine.calibrate import time_stages
@@ -42,6 +42,7 @@ class Options:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -60,8 +61,8 @@ class Job:
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster
-        self.members: Sequence[Member] = _members(cluster, options.plan.memory_fraction)
-        self.sizes: ModelSizes = blueprint.sizes
+        self.members: Sequence[Member] = _members(cluster, options)
+        self.sizes: ModelSizes = blueprint.sizes_with(options.quantization)
         self.wish = _wish(options, blueprint.sizes)
         self.plan: Plan = self._first_plan()
         self._epoch = 0
@@ -147,7 +148,8 @@ class Job:
         orders = self._orders(plan)
         others = [stage.rank for stage in plan.stages[1:]]
         torch.set_num_threads(orders[0].threads)
-        with LoadProgress(sum(stage.weight_bytes for stage in plan.stages)) as progress:
+        read = sum(self.blueprint.sizes.weight_bytes(stage.span) for stage in plan.stages)
+        with LoadProgress(read) as progress:
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
             mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self.blueprint))
@@ -197,6 +199,7 @@ class Job:
             epoch=self._epoch,
             plan=plan,
             model=self._pinned_model,
+            quantization=self.options.quantization,
             engine=self.options.engine,
             fingerprint=self.blueprint.checkpoint.fingerprint,
             anatomy=self.blueprint.anatomy,
@@ -220,11 +223,21 @@ class Job:
             self._cluster.forget()
 
 
-def _members(cluster: Cluster | None, memory_fraction: float) -> list[Member]:
-    if cluster is not None:
-        return cluster.shared_out(memory_fraction)
-    me = host.describe(0)
-    return [replace(me, memory_bytes=int(me.memory_bytes * memory_fraction))]
+def _members(cluster: Cluster | None, options: Options) -> list[Member]:
+    """
+    Raises:
+        ValueError: a rank is to quantize that is not there.
+    """
+    fraction, quantization = options.plan.memory_fraction, options.quantization
+    if cluster is None:
+        me = host.describe(0)
+        members = [replace(me, memory_bytes=int(me.memory_bytes * fraction))]
+    else:
+        members = cluster.shared_out(fraction)
+    beyond = [rank for rank in quantization.stages or () if rank >= len(members)]
+    if beyond:
+        raise ValueError(f"quantization.stages names rank {beyond[0]}: the job has ranks 0 to {len(members) - 1}")
+    return [replace(member, quantizes=quantization.on(member.rank)) for member in members]
 
 
 def _wish(options: Options, sizes: ModelSizes) -> PlanWish:

@@ -11,6 +11,7 @@ from distllm.engine.orders import LoadOrder
 from distllm.model import source
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
+from distllm.model.quantize import Recipe
 from distllm.model.runner import Runner
 from distllm.net import frame as frames
 
@@ -45,6 +46,7 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint
         block_tokens=engine.block_tokens,
         max_requests=engine.max_requests,
         device=torch.device(order.devices[position]),
+        recipe=Recipe.of(order.quantization) if order.quantization.on(rank) else None,
         pack_weights=engine.pack_weights,
         progress=progress,
     )

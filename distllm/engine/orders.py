@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distllm.config import EngineConfig, ModelConfig
+from distllm.config import EngineConfig, ModelConfig, QuantizationConfig
 from distllm.core import Member, Plan
 from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
@@ -46,6 +46,7 @@ class LoadOrder:
     epoch: int
     plan: Plan
     model: ModelConfig
+    quantization: QuantizationConfig
     engine: EngineConfig
     fingerprint: str
     anatomy: Anatomy

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from distllm.config import QuantizationConfig
 from distllm.core import ModelSizes, Plan
 from distllm.model import attention, families, linear, weights
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.families import Anatomy
 from distllm.model.files import LocalFiles
+from distllm.model.quantize import Recipe, quantize
 from distllm.model.runner import Runner
 from distllm.model.shard import Shard, check_passes_through
 from distllm.model.weights import Progress, TensorMap
@@ -68,6 +71,13 @@ class Blueprint:
             raise ValueError(f"model.context_length={context_length}: the model allows {allowed} tokens")
         self.sizes: ModelSizes = self.tensors.sizes(self.dtype, context_length or allowed)
 
+    def sizes_with(self, quantization: QuantizationConfig) -> ModelSizes:
+        """The sizes, with those on ranks that quantize."""
+        if quantization.method == "none":
+            return self.sizes
+        recipe = Recipe.of(quantization)
+        return replace(self.sizes, quantized=self.tensors.sizes(self.dtype, self.sizes.context_length, recipe))
+
     @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
@@ -80,14 +90,17 @@ class Blueprint:
         block_tokens: int,
         max_requests: int,
         device: torch.device,
+        recipe: Recipe | None = None,
         pack_weights: bool = True,
         progress: Progress = lambda _: None,
     ) -> Runner | None:
         """Reads what the plan gives to a rank; None if that is nothing.
 
         Args:
-            pack_weights: lay the weights out for the CPU's kernels, if it has some for this dtype.
-            progress: called with bytes that are done, from any thread; reading and packing are half of the work each.
+            recipe: for weights in fewer bits.
+            pack_weights: lay the other weights out for the CPU's kernels, if it has some for this dtype.
+            progress: called with bytes of the checkpoint that are done, from any thread; reading a weight, and packing
+                or quantizing it, are half of the work each.
 
         Raises:
             ValueError: a file cannot be read, or there is no memory for the KV.
@@ -98,10 +111,12 @@ class Blueprint:
         shard = Shard(self.config, self.anatomy, stage.span, self.dtype)
         halves = device.type == "cpu" and self.dtype.itemsize == 2
         packs = halves and pack_weights and linear.has_kernels(self.dtype)
-        told: Progress = (lambda nbytes: progress(nbytes // 2)) if packs else progress
+        told: Progress = (lambda nbytes: progress(nbytes // 2)) if packs or recipe else progress
         weights.load(shard, self.tensors, device, told)
+        shard.drop_table()
+        if recipe is not None:
+            quantize(shard.model, self.anatomy.layers, recipe, told)
         if packs:
-            shard.drop_table()
             linear.pack(shard.model, told)
         elif halves and not linear.has_kernels(self.dtype):
             linear.widen(shard.model)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,18 +58,37 @@ class WideningLinear(nn.Module):
         super().__init__()
         self.weight = plain.weight
         self.bias = plain.bias
-        self._outputs = max(1, BLOCK // plain.in_features)
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
         if input_TI.numel() // input_TI.shape[-1] < FEW_ROWS:
             return F.linear(input_TI, self.weight, self.bias)
-        wide_TI = input_TI.float()
-        out = input_TI.new_empty(*input_TI.shape[:-1], self.weight.shape[0])
-        for start in range(0, self.weight.shape[0], self._outputs):
-            block_OI = self.weight[start : start + self._outputs].float()
-            bias_O = None if self.bias is None else self.bias[start : start + self._outputs].float()
-            out[..., start : start + self._outputs] = F.linear(wide_TI, block_OI, bias_O)
-        return out
+        return by_blocks(input_TI, self.weight.shape, self._of_rows)
+
+    def _of_rows(self, wide_TI: torch.Tensor, rows: slice) -> torch.Tensor:
+        bias_O = None if self.bias is None else self.bias[rows].to(wide_TI.dtype)
+        return F.linear(wide_TI, self.weight[rows].to(wide_TI.dtype), bias_O)
+
+
+def by_blocks(
+    input_TI: torch.Tensor,
+    shape: Sequence[int],
+    of_rows: Callable[[torch.Tensor, slice], torch.Tensor],
+    multiple: int = 1,
+) -> torch.Tensor:
+    """A linear layer whose weight (O, I) is widened by blocks of outputs, to the type that this CPU multiplies fast.
+
+    Args:
+        of_rows: takes inputs of that type and gives the outputs of some rows of the weight.
+        multiple: of outputs that make a block.
+    """
+    wide_TI = input_TI.to(input_TI.dtype if has_kernels(input_TI.dtype) else torch.float32)
+    outputs, inputs = shape
+    out = input_TI.new_empty(*input_TI.shape[:-1], outputs)
+    step = max(1, BLOCK // inputs // multiple) * multiple
+    for start in range(0, outputs, step):
+        rows = slice(start, start + step)
+        out[..., rows] = of_rows(wide_TI, rows)
+    return out
 
 
 def pack(model: nn.Module, progress: Callable[[int], None] = lambda _: None) -> None:
@@ -78,18 +97,17 @@ def pack(model: nn.Module, progress: Callable[[int], None] = lambda _: None) -> 
     Args:
         progress: called with the bytes of each weight as it is packed.
     """
-    places = [module for _, module in model.named_modules(remove_duplicate=False)]
-    uses = Counter(_storage(parameter) for module in places for parameter in module.parameters(recurse=False))
-    for parent, name, plain in _linears(model):
-        if uses[_storage(plain.weight)] == 1:
+    shared = shared_storages(model)
+    for parent, name, plain in plain_layers(model):
+        if storage(plain.weight) not in shared:
             setattr(parent, name, PackedLinear(plain))
-            _give_back(plain.weight)
+            give_back(plain.weight)
             progress(plain.weight.nbytes)
 
 
 def widen(model: nn.Module) -> None:
     """Replaces the linear layers of a model; its parameters stay the same objects."""
-    for parent, name, plain in _linears(model):
+    for parent, name, plain in plain_layers(model):
         setattr(parent, name, WideningLinear(plain))
 
 
@@ -99,18 +117,25 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(weight.numel() * weight.itemsize for weight in packed)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def plain_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Every plain linear layer, with the module that holds it and its name there."""
     held = ((parent, *child) for parent in list(model.modules()) for child in list(parent.named_children()))
     return ((parent, name, child) for parent, name, child in held if type(child) is nn.Linear)
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def shared_storages(model: nn.Module) -> set[int]:
+    """Of weights that are used in more than one place."""
+    places = [module for _, module in model.named_modules(remove_duplicate=False)]
+    uses = Counter(storage(parameter) for module in places for parameter in module.parameters(recurse=False))
+    return {each for each, count in uses.items() if count > 1}
+
+
+def storage(tensor: torch.Tensor) -> int:
     """The same for two tensors that share memory, of which neither may be given back alone."""
     return tensor.untyped_storage().data_ptr()
 
 
-def _give_back(weight: torch.Tensor) -> None:
+def give_back(weight: torch.Tensor) -> None:
     """Tells the system that a weight is not needed any more: its file may stay mapped for the sake of others."""
     first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     last = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -23,6 +23,7 @@ from distllm.model.checkpoint import Checkpoint
 from distllm.model.conversion import Converted, Target
 from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
+from distllm.model.quantize import Recipe
 from distllm.model.shard import Shard
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TensorMap:
         self.anatomy = anatomy
         with torch.device("meta"):
             model = families.build(checkpoint.config, torch.float32)
+        self._model = model
         self._parameters: dict[str, torch.Tensor] = model.state_dict()
         self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
         self._head = families.name_of(model, model.get_output_embeddings())
@@ -118,18 +120,18 @@ class TensorMap:
                 "give the checkpoint in bfloat16, float16 or float32"
             )
 
-    def sizes(self, dtype: torch.dtype, context_length: int) -> ModelSizes:
-        """Bytes of the parts of the model when weights and KV are held in this dtype."""
-        count = len(self.anatomy.attention)
-        layer_bytes, ends = [0] * count, {"embed": 0, "head": 0}
-        for name, target in self.targets.items():
-            nbytes = _held_bytes(self.checkpoint.tensors[name], dtype)
-            part = self._part(target.parameter)
+    def sizes(self, dtype: torch.dtype, context_length: int, recipe: Recipe | None = None) -> ModelSizes:
+        """Bytes of the parts of the model when weights and KV are held in this dtype, and some as in the recipe."""
+        quantized = self._quantized_bytes(dtype, recipe) if recipe else {}
+        held = {name: _held_bytes(each, dtype) for name, each in self._parameters.items() if name not in self._tied}
+        layer_bytes, ends = [0] * len(self.anatomy.attention), {"embed": 0, "head": 0}
+        for name, nbytes in (held | quantized).items():
+            part = self._part(name)
             if isinstance(part, int):
                 layer_bytes[part] += nbytes
             else:
                 ends[part] += nbytes
-        tied = self._tied_bytes(dtype)
+        tied = 0 if f"{self._head}.weight" in quantized else self._tied_bytes(dtype)
         head_bytes = ends["head"] + tied
         numbers = [kind.shape.numbers for kind in self.anatomy.attention]
         return ModelSizes(
@@ -143,10 +145,20 @@ class TensorMap:
             context_length=context_length,
         )
 
+    def _quantized_bytes(self, dtype: torch.dtype, recipe: Recipe) -> dict[str, int]:
+        """What the weights that the recipe chooses take, by the names of their parameters."""
+        names = {id(module): name for name, module in self._model.named_modules()}
+        return {
+            f"{names[id(each.plain)]}.weight": each.scheme.nbytes(
+                each.plain.out_features, each.plain.in_features, dtype
+            )
+            for each in recipe.choose(self._model, self.anatomy.layers)
+        }
+
     def _tied_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the embedding table that a head without embeddings needs a copy of."""
         tied_head = any(name.startswith(f"{self._head}.") for name in self._tied)
-        return self._parameters[f"{self._base}{self.anatomy.embed}.weight"].numel() * dtype.itemsize if tied_head else 0
+        return _held_bytes(self._parameters[f"{self._base}{self.anatomy.embed}.weight"], dtype) if tied_head else 0
 
     def _part(self, parameter: str) -> int | str:
         """The layer that a parameter belongs to, or `embed` or `head`."""
@@ -154,9 +166,8 @@ class TensorMap:
         if found:
             return int(found[1])
         after = tuple(f"{self._base}{name}." for name in self.anatomy.after)
-        head = parameter.startswith((f"{self._head}.", *after))
-        tied = parameter in self._tied or parameter.startswith(f"{self._base}{self.anatomy.embed}.")
-        return "head" if head and not tied else "embed"
+        is_table = parameter.startswith(f"{self._base}{self.anatomy.embed}.")
+        return "head" if parameter.startswith((f"{self._head}.", *after)) and not is_table else "embed"
 
     def files(self, shard: Shard) -> set[str]:
         """Names of the files that hold tensors of this shard."""
@@ -195,7 +206,8 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
         slices = {}
         for name in tensors.owned(shard):
             info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
-            see = partial(tally.see, _held_bytes(info, shard.dtype))
+            nbytes = math.prod(info.shape) * shard.dtype.itemsize if _is_float(info) else info.nbytes
+            see = partial(tally.see, nbytes)
             slices[target.alias] = LazyTensor(opened[info.file].get_slice(name), see)
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
     shard.read_bytes = tally.read_bytes
@@ -213,9 +225,9 @@ def _buffers_to(model: PreTrainedModel, device: torch.device) -> None:
         model.to(device)
 
 
-def _held_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
+def _held_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     """What a tensor takes when numbers are held in this dtype; integers and truth values stay as they are."""
-    return math.prod(info.shape) * dtype.itemsize if _is_float(info) else info.nbytes
+    return tensor.numel() * dtype.itemsize if tensor.is_floating_point() else tensor.nbytes
 
 
 def _is_float(info: TensorInfo) -> bool:

@@ -9,7 +9,7 @@ items into one contiguous part per rank, in rank order, any of which may be empt
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from math import inf
@@ -125,16 +125,22 @@ def measured(
         head_seconds: seconds in the head, on the stage that has it; 0 if not measured.
     """
     speeds = {member.rank: member.speed for member in members}
+    on = {member.rank: sizes.on(member) for member in members}
     pairs = zip(plan.stages, layer_seconds, strict=True)
-    works = {stage.rank: (sum(sizes.layer_work[stage.span.start : stage.span.stop]), took) for stage, took in pairs}
+    works = {stage.rank: (on[stage.rank].work(replace(stage.span, head=False)), took) for stage, took in pairs}
     timed = {rank: (work, took) for rank, (work, took) in works.items() if work > 0 and took > 0}
     if not timed:
         return sizes, in_order(members)
     unit = sum(took * speeds[rank] for rank, (_, took) in timed.items()) / sum(work for work, _ in timed.values())
     speeds |= {rank: work * unit / took for rank, (work, took) in timed.items()}
     head_rank = next(stage.rank for stage in plan.stages if stage.span.head)
-    head_work = head_seconds * speeds[head_rank] if head_seconds > 0 else sizes.head_work * unit
-    new_sizes = replace(sizes, layer_work=tuple(work * unit for work in sizes.layer_work), head_work=head_work)
+
+    def in_seconds(kind: ModelSizes) -> ModelSizes:
+        timed_head = kind is on[head_rank] and head_seconds > 0
+        head_work = head_seconds * speeds[head_rank] if timed_head else kind.head_work * unit
+        return replace(kind, layer_work=tuple(work * unit for work in kind.layer_work), head_work=head_work)
+
+    new_sizes = replace(in_seconds(sizes), quantized=sizes.quantized and in_seconds(sizes.quantized))
     return new_sizes, tuple(replace(member, speed=speeds[member.rank]) for member in in_order(members))
 
 
@@ -200,20 +206,20 @@ def span_of(plan: Plan, rank: int) -> Span:
 
 def slowest(ranks: Sequence[Member], sizes: ModelSizes, split: Split) -> float:
     """Time of the slowest stage, in the unit of the work at speed 1."""
-    return max(sizes.work(span) / member.speed for member, span in zip(ranks, split, strict=True))
+    return max(sizes.on(member).work(span) / member.speed for member, span in zip(ranks, split, strict=True))
 
 
 def plan_of(ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish, split: Split) -> Plan:
     held = [(member, span) for member, span in zip(ranks, split, strict=True) if not span.is_empty]
     tokens = min([wish.most_tokens, *(room(member, sizes, wish, span) for member, span in held)])
-    total = sizes.work(Span(0, sizes.layers, head=True)) or 1.0
+    total = sum(sizes.on(member).work(span) for member, span in held) or 1.0
     stages = tuple(
         Stage(
             rank=member.rank,
             span=span,
-            weight_bytes=sizes.weight_bytes(span),
+            weight_bytes=sizes.on(member).weight_bytes(span),
             kv_bytes=tokens * sizes.kv_bytes_per_token(span),
-            work_share=sizes.work(span) / total,
+            work_share=sizes.on(member).work(span) / total,
         )
         for member, span in held
     )
@@ -226,13 +232,13 @@ def room(member: Member, sizes: ModelSizes, wish: PlanWish, span: Span) -> int:
     block_bytes = sizes.kv_bytes_per_token(span) * wish.block_tokens
     if block_bytes == 0:
         return wish.most_tokens
-    free = member.memory_bytes - sizes.weight_bytes(span) - wish.workspace_bytes
+    free = member.memory_bytes - sizes.on(member).weight_bytes(span) - wish.workspace_bytes
     return free // block_bytes * wish.block_tokens
 
 
 def too_full(member: Member, sizes: ModelSizes, wish: PlanWish, span: Span) -> str | None:
     """Why the least that a rank with this span must hold is too much for it; None if it fits."""
-    weights = sizes.weight_bytes(span)
+    weights = sizes.on(member).weight_bytes(span)
     kv = wish.least_tokens * sizes.kv_bytes_per_token(span)
     excess = weights + kv + wish.workspace_bytes - member.memory_bytes
     if span.is_empty or excess <= 0:
@@ -247,7 +253,7 @@ def too_full(member: Member, sizes: ModelSizes, wish: PlanWish, span: Span) -> s
 def nothing_fits(ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> str:
     """The refusal when no split fits: the sums, and each rank's part in the split that comes nearest."""
     whole = Span(0, sizes.layers, embed=True, head=True)
-    kv = wish.least_tokens * sizes.kv_bytes_per_token(whole)
+    weights, kv = sizes.on(ranks[0]).weight_bytes(whole), wish.least_tokens * sizes.kv_bytes_per_token(whole)
     chain = Chain(ranks, sizes, wish)
     parts = [
         too_full(member, sizes, wish, span)
@@ -255,7 +261,7 @@ def nothing_fits(ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> 
         for member, span in zip(ranks, chain.spans(chain.least_full(inf)), strict=True)
     ]
     return (
-        f"the model does not fit: it needs {human_bytes(sizes.weight_bytes(whole))} for weights, {human_bytes(kv)} for "
+        f"the model does not fit: it needs {human_bytes(weights)} for weights, {human_bytes(kv)} for "
         f"KV of {wish.least_tokens} tokens and {human_bytes(wish.workspace_bytes)} to work in on each rank, and "
         f"{counted(len(ranks), 'rank')} together may use {human_bytes(sum(m.memory_bytes for m in ranks))}. "
         f"In the split that comes nearest, {'; '.join(parts)}; {FIXES}"
@@ -289,27 +295,33 @@ def smallest_limit(within: Callable[[float], Cuts | None], worst: Callable[[Cuts
     return cuts
 
 
+def item_bytes(sizes: ModelSizes, wish: PlanWish) -> Iterator[int]:
+    """Of each layer with the least KV room, and of the head."""
+    yield from (w + wish.least_tokens * kv for w, kv in zip(sizes.layer_bytes, sizes.kv_bytes, strict=True))
+    yield sizes.head_bytes
+
+
 class Chain:
     """The items of the pipeline as running sums, so that what a part costs a rank is one subtraction."""
 
     def __init__(self, ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> None:
-        assert sizes.tied_bytes <= sizes.head_bytes, "the tied bytes are part of the head's"
-        layer_bytes = (w + wish.least_tokens * kv for w, kv in zip(sizes.layer_bytes, sizes.kv_bytes, strict=True))
-        self.work = list(accumulate((*sizes.layer_work, sizes.head_work), initial=0.0))
-        self.bytes = list(accumulate((*layer_bytes, sizes.head_bytes), initial=0))
+        self.held = [sizes.on(member) for member in ranks]
+        assert all(each.tied_bytes <= each.head_bytes for each in self.held), "the tied bytes are part of the head's"
+        self.work = [list(accumulate((*each.layer_work, each.head_work), initial=0.0)) for each in self.held]
+        self.bytes = [list(accumulate(item_bytes(each, wish), initial=0)) for each in self.held]
         self.items = sizes.layers + 1
-        self.ranks, self.sizes, self.wish = ranks, sizes, wish
+        self.ranks, self.wish = ranks, wish
 
     def seconds(self, place: int, start: int, stop: int) -> float:
-        return (self.work[stop] - self.work[start]) / self.ranks[place].speed
+        return (self.work[place][stop] - self.work[place][start]) / self.ranks[place].speed
 
     def fullness(self, place: int, start: int, stop: int) -> float:
         """Share of the rank's memory that items [start, stop) take with the least KV room; above 1 is too much."""
         if place > 0 and start == stop:
             return 0.0
-        needed = self.wish.workspace_bytes + self.bytes[stop] - self.bytes[start]
+        needed = self.wish.workspace_bytes + self.bytes[place][stop] - self.bytes[place][start]
         if place == 0:
-            needed += self.sizes.embed_bytes - self.sizes.tied_bytes * (stop == self.items)
+            needed += self.held[0].embed_bytes - self.held[0].tied_bytes * (stop == self.items)
         return needed / max(0.5, self.ranks[place].memory_bytes)
 
     def filled(self, seconds: float, fullness: float) -> Cuts | None:

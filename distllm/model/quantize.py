@@ -1,0 +1,154 @@
+"""Linear layers of 8- and 4-bit weights, by passes over a built shard that knows nothing of them.
+
+Weights alone are quantized; activations keep their type. Norms, embeddings and what chooses experts stay exact; so do
+weights that are no linear layers of their own, such as experts that lie in one tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from distllm.config import QuantizationConfig
+from distllm.model import bnb, families
+from distllm.model.integers import SIDE_BY_SIDE, Int4Linear, Int8Linear
+from distllm.model.linear import give_back, plain_layers, shared_storages, storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Modules that choose among experts: small, and a wrong choice costs more than a rounded weight.
+EXACT = ("gate", "router", "shared_expert_gate")
+
+
+class Scheme(Protocol):
+    """One way to hold the weight of a linear layer in fewer bits."""
+
+    name: str
+
+    def takes(self, outputs: int, inputs: int) -> bool:
+        """Whether a weight of this size can be held so."""
+
+    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+        """What a weight takes then, its scales included."""
+
+    def make(self, plain: nn.Linear) -> nn.Module:
+        """The layer in place of a plain one."""
+
+
+class Int8(Scheme):
+    """Symmetric, one scale for each output: `weight_OI = scale_O * integer_OI`."""
+
+    name = "int8"
+
+    def takes(self, outputs: int, inputs: int) -> bool:
+        return outputs > 0 < inputs
+
+    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+        return outputs * inputs + outputs * dtype.itemsize
+
+    def make(self, plain: nn.Linear) -> nn.Module:
+        return Int8Linear(plain)
+
+
+@dataclass(frozen=True)
+class Int4(Scheme):
+    """A scale and a zero for each group of inputs of an output: `weight = (integer - 8) * scale + zero`."""
+
+    group: int
+    name = "int4"
+
+    def takes(self, outputs: int, inputs: int) -> bool:
+        return outputs % SIDE_BY_SIDE == 0 and inputs % self.group == 0
+
+    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+        return outputs * inputs // 2 + 2 * outputs * (inputs // self.group) * dtype.itemsize
+
+    def make(self, plain: nn.Linear) -> nn.Module:
+        return Int4Linear(plain, self.group)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of the linear layers of a model: those of its layers, and its head."""
+
+    layers: Scheme
+    head: Scheme | None
+
+    @classmethod
+    def of(cls, config: QuantizationConfig) -> Recipe:
+        """
+        Raises:
+            ValueError: the method's library is not installed.
+        """
+        named: dict[str, Scheme] = {
+            "int8": Int8(),
+            "int4": Int4(config.group),
+            "bnb_int8": bnb.BnbInt8(),
+            "bnb_nf4": bnb.BnbNF4(),
+        }
+        if config.method.startswith("bnb"):
+            bnb.library()
+        return cls(named[config.method], named.get(config.head))
+
+    def choose(self, model: PreTrainedModel, layers: str) -> Iterator[Choice]:
+        """The linear layers that are quantized, and how.
+
+        Args:
+            layers: name of the layers in the base model.
+        """
+        base, head = families.base_of(model), model.get_output_embeddings()
+        for parent, name, plain in plain_layers(base.get_submodule(layers)):
+            if name not in EXACT:
+                yield Choice(parent, name, plain, _fitting(self.layers, plain))
+        for parent, name, plain in plain_layers(model):
+            if plain is head and self.head is not None:
+                yield Choice(parent, name, plain, _fitting(self.head, plain))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A linear layer, where it is, and the scheme for it."""
+
+    parent: nn.Module
+    name: str
+    plain: nn.Linear
+    scheme: Scheme
+
+
+def _fitting(wanted: Scheme, plain: nn.Linear) -> Scheme:
+    """The scheme, or for a size that it does not take 8 bits."""
+    if wanted.takes(plain.out_features, plain.in_features):
+        return wanted
+    _say_once(f"{wanted.name} takes no weight of {plain.out_features} x {plain.in_features}: such are held in int8")
+    return Int8()
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    logger.info(sentence)
+
+
+def quantize(
+    model: PreTrainedModel, layers: str, recipe: Recipe, progress: Callable[[int], None] = lambda _: None
+) -> None:
+    """Replaces the linear layers of a model that the recipe chooses, one by one.
+
+    Args:
+        progress: called with the bytes of each plain weight as it is quantized.
+    """
+    shared = shared_storages(model)
+    for choice in list(recipe.choose(model, layers)):
+        weight = choice.plain.weight
+        setattr(choice.parent, choice.name, choice.scheme.make(choice.plain))
+        if storage(weight) not in shared:
+            give_back(weight)
+        progress(weight.nbytes)
