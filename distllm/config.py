@@ -135,9 +135,7 @@ class BenchConfig:
     """What task=bench measures."""
 
     ranks: int = key(2, "ranks of distllm, one thread each, and of its rivals")
-    rivals: list[str] = key(
-        [WHOLE_RIVAL, SPLIT_RIVAL], "whom to compare with; distllm-plain quantizes nothing"
-    )
+    rivals: list[str] = key([WHOLE_RIVAL, SPLIT_RIVAL], "whom to compare with; distllm-plain quantizes nothing")
     requests: list[int] = key([1, 8, 32], "numbers of simultaneous requests")
     rounds: int = key(5, "measured rounds of each, turn by turn, after one to warm up")
     prompt_tokens: int = key(8, "tokens of a prompt")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import LAYERS, architecture_checkpoint
+from architectures import FITTING, LAYERS, TEXT_PARTS, architecture_checkpoint
 from fakes import tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -208,3 +208,13 @@ def test_a_token_does_not_depend_on_its_company(method: str, tmp_path: Path) -> 
     company = Step(1, (Row(1, 1, 0, tuple(range(30)), ((1, 2),), True, params), *alone.rows))
     single, both = runner.run(alone, None).tensor, runner.run(company, None).tensor
     assert single.tolist() == both.tolist()[1:]
+
+
+@pytest.mark.parametrize("kind", [*FITTING, *TEXT_PARTS])
+def test_no_architecture_misses_the_plain_layers(kind: str, tmp_path: Path) -> None:
+    known = blueprint(architecture_checkpoint(tmp_path, kind), "bfloat16")
+    runner = load(known, Span(0, LAYERS, embed=True, head=True), QuantizationConfig(method="int8"))
+    row = Row(0, 0, 0, (5, 6, 7), ((0, 1),), True, SamplingParams(seed=0))
+    assert 0 <= runner.run(Step(0, (row,)), None).tensor.item() < known.config.vocab_size
+    types = set(layers_of(runner).values())
+    assert "Int8Linear" in types

@@ -27,6 +27,10 @@ FEW_ROWS = 4
 # Numbers in a block; in fp32 they fit into a core's share of the cache.
 BLOCK = 2**18
 
+# Layers that choose experts: they are small, a wrong choice costs more than a rounded weight, and some models look into
+# their weights.
+EXACT = ("gate", "router", "shared_expert_gate", "wg")
+
 # What `torch.compile` makes of linear layers with constant weights; names of the pinned range of torch.
 _onednn = torch.ops.mkldnn
 _libc = ctypes.CDLL(None)
@@ -118,9 +122,9 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def plain_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Every plain linear layer, with the module that holds it and its name there."""
+    """Plain linear layers, each with the module that holds it and its name there; not those that choose experts."""
     held = ((parent, *child) for parent in list(model.modules()) for child in list(parent.named_children()))
-    return ((parent, name, child) for parent, name, child in held if type(child) is nn.Linear)
+    return ((parent, name, child) for parent, name, child in held if type(child) is nn.Linear and name not in EXACT)
 
 
 def shared_storages(model: nn.Module) -> set[int]:

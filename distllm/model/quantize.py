@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Modules that choose among experts: small, and a wrong choice costs more than a rounded weight.
-EXACT = ("gate", "router", "shared_expert_gate")
-
 
 class Scheme(Protocol):
     """One way to hold the weight of a linear layer in fewer bits."""
@@ -107,8 +104,7 @@ class Recipe:
         """
         base, head = families.base_of(model), model.get_output_embeddings()
         for parent, name, plain in plain_layers(base.get_submodule(layers)):
-            if name not in EXACT:
-                yield Choice(parent, name, plain, _fitting(self.layers, plain))
+            yield Choice(parent, name, plain, _fitting(self.layers, plain))
         for parent, name, plain in plain_layers(model):
             if plain is head and self.head is not None:
                 yield Choice(parent, name, plain, _fitting(self.head, plain))
