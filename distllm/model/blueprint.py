@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from distllm.config import QuantizationConfig
 from distllm.core import ModelSizes, Plan
@@ -112,12 +113,21 @@ class Blueprint:
         halves = device.type == "cpu" and self.dtype.itemsize == 2
         packs = halves and pack_weights and linear.has_kernels(self.dtype)
         told: Progress = (lambda nbytes: progress(nbytes // 2)) if packs or recipe else progress
-        weights.load(shard, self.tensors, device, told)
+
+        def lay_out(module: nn.Module) -> None:
+            if packs:
+                linear.pack(module, told)
+            elif halves and not linear.has_kernels(self.dtype):
+                linear.widen(module)
+
+        def finish(layer: nn.Module) -> None:
+            if recipe is not None:
+                quantize(layer, recipe.of_layer(layer), told)
+            lay_out(layer)
+
+        weights.load(shard, self.tensors, device, told, finish)
         shard.drop_table()
         if recipe is not None:
-            quantize(shard.model, self.anatomy.layers, recipe, told)
-        if packs:
-            linear.pack(shard.model, told)
-        elif halves and not linear.has_kernels(self.dtype):
-            linear.widen(shard.model)
+            quantize(shard.model, recipe.of_head(shard.model), told)
+        lay_out(shard.model)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)

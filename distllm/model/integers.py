@@ -21,7 +21,7 @@ from distllm.model.linear import by_blocks
 # Rows from which a block of widened weights is faster than the kernel for few.
 MANY_ROWS_8, MANY_ROWS_4 = 28, 128
 # Numbers that are quantized at once, so that a head does not need another of itself in fp32.
-SLAB = 2**24
+SLAB = 2**20
 # The 8-bit kernel reads so many inputs at a time, and beyond the end of those that are fewer.
 KERNEL_INPUTS = 16
 # How often the integers and the scales of 4 bits are fitted to each other; then little is left to gain.

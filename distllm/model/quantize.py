@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distllm.config import QuantizationConfig
-from distllm.model import bnb, families
+from distllm.model import bnb
 from distllm.model.integers import SIDE_BY_SIDE, Int4Linear, Int8Linear
 from distllm.model.linear import give_back, plain_layers, shared_storages, storage
 
@@ -96,18 +96,15 @@ class Recipe:
             bnb.library()
         return cls(named[config.method], named.get(config.head))
 
-    def choose(self, model: PreTrainedModel, layers: str) -> Iterator[Choice]:
-        """The linear layers that are quantized, and how.
+    def of_layer(self, layer: nn.Module) -> Iterator[Choice]:
+        """The linear layers of one layer of the model that are quantized, and how."""
+        return (Choice(*place, _fitting(self.layers, place[-1])) for place in plain_layers(layer))
 
-        Args:
-            layers: name of the layers in the base model.
-        """
-        base, head = families.base_of(model), model.get_output_embeddings()
-        for parent, name, plain in plain_layers(base.get_submodule(layers)):
-            yield Choice(parent, name, plain, _fitting(self.layers, plain))
-        for parent, name, plain in plain_layers(model):
-            if plain is head and self.head is not None:
-                yield Choice(parent, name, plain, _fitting(self.head, plain))
+    def of_head(self, model: PreTrainedModel) -> Iterator[Choice]:
+        """The same of its head: one or none."""
+        head, scheme = model.get_output_embeddings(), self.head
+        places = (place for place in plain_layers(model) if place[-1] is head)
+        return (Choice(*place, _fitting(scheme, place[-1])) for place in places if scheme is not None)
 
 
 @dataclass(frozen=True)
@@ -133,16 +130,14 @@ def _say_once(sentence: str) -> None:
     logger.info(sentence)
 
 
-def quantize(
-    model: PreTrainedModel, layers: str, recipe: Recipe, progress: Callable[[int], None] = lambda _: None
-) -> None:
-    """Replaces the linear layers of a model that the recipe chooses, one by one.
+def quantize(module: nn.Module, choices: Iterable[Choice], progress: Callable[[int], None] = lambda _: None) -> None:
+    """Replaces linear layers of a module, one by one.
 
     Args:
         progress: called with the bytes of each plain weight as it is quantized.
     """
-    shared = shared_storages(model)
-    for choice in list(recipe.choose(model, layers)):
+    shared = shared_storages(module)
+    for choice in list(choices):
         weight = choice.plain.weight
         setattr(choice.parent, choice.name, choice.scheme.make(choice.plain))
         if storage(weight) not in shared:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from distllm.core import ModelSizes
 from distllm.model import conversion, families
@@ -148,11 +149,13 @@ class TensorMap:
     def _quantized_bytes(self, dtype: torch.dtype, recipe: Recipe) -> dict[str, int]:
         """What the weights that the recipe chooses take, by the names of their parameters."""
         names = {id(module): name for name, module in self._model.named_modules()}
+        layers = families.base_of(self._model).get_submodule(self.anatomy.layers)
+        chosen = [choice for layer in layers.children() for choice in recipe.of_layer(layer)]
         return {
             f"{names[id(each.plain)]}.weight": each.scheme.nbytes(
                 each.plain.out_features, each.plain.in_features, dtype
             )
-            for each in recipe.choose(self._model, self.anatomy.layers)
+            for each in [*chosen, *recipe.of_head(self._model)]
         }
 
     def _tied_bytes(self, dtype: torch.dtype) -> int:
@@ -178,38 +181,43 @@ class TensorMap:
         parameters = shard.model.state_dict()
         return [name for name, target in self.targets.items() if target.parameter in parameters]
 
+    def parts(self, shard: Shard) -> list[tuple[int | str, list[str]]]:
+        """The same, of each part of the shard: its ends, and its layers in order."""
+        parts: dict[int | str, list[str]] = {}
+        for name in self.owned(shard):
+            parts.setdefault(self._part(self.targets[name].parameter), []).append(name)
+        return sorted(parts.items(), key=lambda item: (isinstance(item[0], int), item[0]))
 
-def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progress = lambda _: None) -> None:
-    """Fills a shard. On the CPU, tensors of the shard's own dtype stay mapped and are not copied.
+
+@torch.no_grad()  # or each weight's quantization would be kept for a backward pass
+def load(
+    shard: Shard,
+    tensors: TensorMap,
+    device: torch.device,
+    progress: Progress = lambda _: None,
+    finish: Callable[[nn.Module], None] = lambda _: None,
+) -> None:
+    """Fills a shard, layer by layer. On the CPU, tensors of the shard's own dtype stay mapped and are not copied.
 
     Args:
         progress: called with the bytes that each tensor takes in the shard as it is read, from any thread.
+        finish: called with each layer once it is filled, before the next one is read.
 
     Raises:
         ValueError: a file is missing, cut short, or not as its header was when the model was looked through.
     """
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    settings = LoadStateDictConfig(
-        device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=conversion.conversions(shard.model)
-    )
     folder = tensors.checkpoint.path
     names = sorted(tensors.files(shard))
     tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
     tensors.checkpoint.check(names)
     tally = Tally(progress)
-    with ExitStack() as files:
-        opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in names}
-        slices = {}
-        for name in tensors.owned(shard):
-            info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
-            nbytes = math.prod(info.shape) * shard.dtype.itemsize if _is_float(info) else info.nbytes
-            see = partial(tally.see, nbytes)
-            slices[target.alias] = LazyTensor(opened[info.file].get_slice(name), see)
-        convert_and_load_state_dict_in_model(shard.model, slices, settings)
+    layers = shard.base.get_submodule(tensors.anatomy.layers)
+    fill = _filler(shard, device)
+    for part, owned in tensors.parts(shard):
+        with ExitStack() as opened:  # for each part anew: what was cast from a mapped file would stay in memory
+            fill(_slices(tensors, owned, shard.dtype, opened, tally))
+        if isinstance(part, int):
+            finish(layers[part])
     shard.read_bytes = tally.read_bytes
     if shard.span.head:
         shard.model.tie_weights()
@@ -218,6 +226,38 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
     if empty:
         raise ValueError(f"{folder}: nothing fills {empty[0]}")
     _buffers_to(shard.model, device)
+
+
+def _slices(
+    tensors: TensorMap, names: Iterable[str], dtype: torch.dtype, opened: ExitStack, tally: Tally
+) -> dict[str, LazyTensor]:
+    """What transformers' loader takes for the tensors of these names, by their names in the model."""
+    folder, files, slices = tensors.checkpoint.path, dict[str, Any](), {}
+    for name in names:
+        info = tensors.checkpoint.tensors[name]
+        if info.file not in files:
+            files[info.file] = opened.enter_context(safe_open(folder / info.file, "pt"))
+        nbytes = math.prod(info.shape) * dtype.itemsize if _is_float(info) else info.nbytes
+        see = partial(tally.see, nbytes)
+        slices[tensors.targets[name].alias] = LazyTensor(files[info.file].get_slice(name), see)
+    return slices
+
+
+def _filler(shard: Shard, device: torch.device) -> Callable[[dict[str, LazyTensor]], None]:
+    """Reads some tensors into the parameters that they belong to, as transformers does."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    settings = LoadStateDictConfig(
+        device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=conversion.conversions(shard.model)
+    )
+
+    def fill(slices: dict[str, LazyTensor]) -> None:
+        convert_and_load_state_dict_in_model(shard.model, slices, settings)
+
+    return fill
 
 
 def _buffers_to(model: PreTrainedModel, device: torch.device) -> None:
