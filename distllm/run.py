@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distllm")
 
+# Tasks of one process; what they say under a launcher is for rank 0 to say.
+ALONE = ("shard", "reconstruct", "bench")
 DEFAULT_PROMPT = "Once upon a time"
 # Ranks other than 0 leave the word on a bad command line to rank 0; this long they wait for its end to end them.
 SILENCE_S = 5.0
@@ -163,6 +165,10 @@ def _run(config: Config) -> int:
         return bench(config)
     if config.task == "plan":
         return _plan(config)
+    if config.task == "shard":
+        return _shard(config)
+    if config.task == "reconstruct":
+        return _reconstruct(config)
     return _generate(config)
 
 
@@ -214,6 +220,32 @@ def _plan(config: Config) -> int:
     return 0
 
 
+def _shard(config: Config) -> int:
+    """A folder with one file of weights for each stage."""
+    from distllm import shards
+
+    wanted = config.shard
+    with shards.bar("sharding") as progress:
+        shards.shard_model(
+            config.model,
+            wanted.output or "",
+            stages=wanted.stages,
+            by=wanted.by,
+            layers=config.plan.layers,
+            progress=progress,
+        )
+    return 0
+
+
+def _reconstruct(config: Config) -> int:
+    """An ordinary checkpoint of a folder of shards."""
+    from distllm import shards
+
+    with shards.bar("reconstructing") as progress:
+        shards.reconstruct_model(config.model.path or "", config.shard.output or "", progress=progress)
+    return 0
+
+
 def _follow(given: Sequence[str], rank: int) -> int:
     """What a launcher's rank other than 0 does; rank 0 speaks for all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -224,7 +256,7 @@ def _follow(given: Sequence[str], rank: int) -> int:
         config = compose(flags, overrides)
         validate(config)
         _log_to_stderr("debug" if config.log_level == "debug" else "warning", f"rank {rank}: ")
-        if config.task == "bench":
+        if config.task in ALONE:
             return 0
         from distllm.llm import serve_here
 

@@ -160,7 +160,14 @@ class TensorMap:
 
     def files(self, shard: Shard) -> set[str]:
         """Names of the files that hold tensors of this shard."""
-        return {self.checkpoint.tensors[name].file for name in self.owned(shard)}
+        return set(self.places(shard).values())
+
+    def places(self, shard: Shard) -> dict[str, str]:
+        """The file that each tensor of this shard is read from: of several that hold it, one that is needed anyway."""
+        files = {name: self.checkpoint.tensors[name].files for name in self.owned(shard)}
+        needed = {each[0] for each in files.values() if len(each) == 1}
+        own = 0 if shard.span.embed else -1
+        return {name: next((file for file in each if file in needed), each[own]) for name, each in files.items()}
 
     def owned(self, shard: Shard) -> list[str]:
         """Names, in the checkpoint, of the tensors that this shard needs."""
@@ -186,17 +193,18 @@ def load(shard: Shard, tensors: TensorMap, device: torch.device, progress: Progr
         device_map={"": str(device)}, dtype=shard.dtype, weight_mapping=conversion.conversions(shard.model)
     )
     folder = tensors.checkpoint.path
-    names = sorted(tensors.files(shard))
+    places = tensors.places(shard)
+    names = sorted(set(places.values()))
     tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
-    tensors.checkpoint.check(names)
+    tensors.checkpoint.check(names, alive=lambda: progress(0))
     tally = Tally(progress)
     with ExitStack() as files:
         opened = {name: files.enter_context(safe_open(folder / name, "pt")) for name in names}
         slices = {}
-        for name in tensors.owned(shard):
+        for name, file in places.items():
             info, target = tensors.checkpoint.tensors[name], tensors.targets[name]
             see = partial(tally.see, _held_bytes(info, shard.dtype))
-            slices[target.alias] = LazyTensor(opened[info.file].get_slice(name), see)
+            slices[target.alias] = LazyTensor(opened[file].get_slice(name), see)
         convert_and_load_state_dict_in_model(shard.model, slices, settings)
     shard.read_bytes = tally.read_bytes
     if shard.span.head:
