@@ -14,11 +14,12 @@ from typing import Any
 
 from distllm.core import SamplingParams
 
+SHARD_TASKS = ("shard", "reconstruct")
 WHOLE_RIVAL, SPLIT_RIVAL = "transformers", "transformers-pp"
 
 # Keys that take one of a few words, or a list of them.
 CHOICES = {
-    "task": ("generate", "plan", "shard", "reconstruct", "bench"),
+    "task": ("generate", "plan", *SHARD_TASKS, "bench"),
     "log_level": ("debug", "info", "warning", "error"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "plan.strategy": ("balanced", "even", "manual"),
@@ -142,11 +143,7 @@ class BenchConfig:
 class Config:
     """One job."""
 
-    task: str = key(
-        "generate",
-        "generate, plan (who would hold what), shard (cut the model into files of stages), reconstruct (make one model "
-        "of them) or bench (measure against others)",
-    )
+    task: str = key("generate", "generate, plan (who would hold what), shard, reconstruct or bench (measure others)")
     prompt: str | None = key(None, "the prompt as typed; - reads standard input, @FILE a file", text=True)
     prompts: str | None = key(
         None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True
@@ -271,7 +268,7 @@ def validate(config: Config) -> None:
     validate_engine(config.model, config.cluster, config.plan, config.engine)
     _check_values("shard.", config.shard)
     _check_values("bench.", config.bench)
-    if config.task in ("shard", "reconstruct"):
+    if config.task in SHARD_TASKS:
         _check_shard(config)
     if config.task == "bench":
         _check_bench(config)

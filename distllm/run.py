@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from distllm.compose import compose, help_text, split_arguments, yaml_of
-from distllm.config import Config, validate
+from distllm.config import SHARD_TASKS, Config, validate
 from distllm.core import EngineError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("distllm")
 
-# Tasks of one process; what they say under a launcher is for rank 0 to say.
-ALONE = ("shard", "reconstruct", "bench")
 DEFAULT_PROMPT = "Once upon a time"
 # Ranks other than 0 leave the word on a bad command line to rank 0; this long they wait for its end to end them.
 SILENCE_S = 5.0
@@ -165,10 +163,8 @@ def _run(config: Config) -> int:
         return bench(config)
     if config.task == "plan":
         return _plan(config)
-    if config.task == "shard":
+    if config.task in SHARD_TASKS:
         return _shard(config)
-    if config.task == "reconstruct":
-        return _reconstruct(config)
     return _generate(config)
 
 
@@ -221,28 +217,24 @@ def _plan(config: Config) -> int:
 
 
 def _shard(config: Config) -> int:
-    """A folder with one file of weights for each stage."""
+    """A model into files of stages, or back."""
     from distllm import shards
 
-    wanted = config.shard
-    with shards.bar("sharding") as progress:
-        shards.shard_model(
-            config.model,
-            wanted.output or "",
-            stages=wanted.stages,
-            by=wanted.by,
-            layers=config.plan.layers,
-            progress=progress,
-        )
-    return 0
-
-
-def _reconstruct(config: Config) -> int:
-    """An ordinary checkpoint of a folder of shards."""
-    from distllm import shards
-
-    with shards.bar("reconstructing") as progress:
-        shards.reconstruct_model(config.model.path or "", config.shard.output or "", progress=progress)
+    if _number("WORLD_SIZE", 1) > 1:
+        raise ValueError(f"task={config.task} is the work of one process: run it without torchrun")
+    wanted, output = config.shard, config.shard.output or ""
+    with shards.bar(config.task) as progress:
+        if config.task == "reconstruct":
+            shards.reconstruct_model(config.model.path or "", output, progress=progress)
+        else:
+            shards.shard_model(
+                config.model,
+                output,
+                stages=wanted.stages,
+                by=wanted.by,
+                layers=config.plan.layers,
+                progress=progress,
+            )
     return 0
 
 
@@ -256,7 +248,7 @@ def _follow(given: Sequence[str], rank: int) -> int:
         config = compose(flags, overrides)
         validate(config)
         _log_to_stderr("debug" if config.log_level == "debug" else "warning", f"rank {rank}: ")
-        if config.task in ALONE:
+        if config.task in ("bench", *SHARD_TASKS):
             return 0
         from distllm.llm import serve_here
 

@@ -68,8 +68,9 @@ def shard_model(
     plots = carve.plots(blueprint, _cut(blueprint.sizes, stages, by, layers))
     small = carve.small_files(blueprint.checkpoint.path)
     needed = sum(plot.nbytes for plot in plots) + sum(path.stat().st_size for path in small)
+    count = _counted(progress, sum(info.nbytes for plot in plots for info in plot.tensors.values()))
     with whole_folder(output, needed) as folder:
-        made = carve.carve(blueprint, plots, folder, _counted(progress, sum(plot.nbytes for plot in plots)))
+        made = carve.carve(blueprint, plots, folder, count)
     for file in made.files:
         logger.info("%s holds %s, %s", file.name, file.span or "what no stage needs", human_bytes(file.bytes))
     return get_shard_paths(output)
@@ -81,8 +82,8 @@ def get_shard_paths(folder: str | Path) -> tuple[Path, ...]:
     Raises:
         ValueError: the folder has no manifest of shards.
     """
-    folder = Path(folder).expanduser()
-    return tuple(folder / file.name for file in _manifest(folder).stages)
+    folder, manifest = _stored(folder)
+    return tuple(folder / file.name for file in manifest.stages)
 
 
 def reconstruct_model(
@@ -106,12 +107,12 @@ def reconstruct_model(
     from distllm.model.folder import check_target, whole_folder
 
     check_target(output)
-    folder = Path(folder).expanduser()
-    manifest = _manifest(folder)
+    folder, manifest = _stored(folder)
     carve.check_all(manifest, folder)
     needed = sum(file.bytes for file in manifest.files) + sum(file.bytes for file in manifest.small_files.values())
+    count = _counted(progress, sum(tensor.bytes for file in manifest.files for tensor in file.tensors.values()))
     with whole_folder(output, needed) as part:
-        carve.join(manifest, folder, part, file_bytes, _counted(progress, needed))
+        carve.join(manifest, folder, part, file_bytes, count)
     return Path(output)
 
 
@@ -147,14 +148,19 @@ def _cut(sizes: ModelSizes, stages: int | None, by: str, layers: Sequence[int] |
     return cut_by_bytes(sizes, stages) if by == "bytes" else cut_by_layers(sizes, stages)
 
 
-def _manifest(folder: Path) -> Manifest:
+def _stored(given: str | Path) -> tuple[Path, Manifest]:
+    """A folder of shards and its manifest."""
     from distllm.model.checkpoint import read_manifest
 
+    try:
+        folder = Path(given).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{given}: {error}") from error
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
     if (manifest := read_manifest(folder)) is None:
         raise ValueError(f"{folder}: has no manifest.json of shards; is it the folder that task=shard wrote?")
-    return manifest
+    return folder, manifest
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from distllm.core import Span
 from distllm.model import manifest, raw
 from distllm.model.blueprint import Blueprint
@@ -45,7 +47,8 @@ def plots(blueprint: Blueprint, spans: Sequence[Span]) -> list[Plot]:
     width = len(str(len(spans) - 1))
     left, found = dict(tensors), []
     for stage, span in enumerate(spans):
-        shard = Shard(blueprint.config, blueprint.anatomy, span, blueprint.dtype)
+        with torch.device("meta"):
+            shard = Shard(blueprint.config, blueprint.anatomy, span, blueprint.dtype)
         mine = {name: tensors[name] for name in blueprint.tensors.owned(shard)}
         found.append(Plot(f"stage-{stage:0{width}}.safetensors", span, mine))
         for name in mine:

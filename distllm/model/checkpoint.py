@@ -169,10 +169,10 @@ class Checkpoint:
                 raise ValueError(f"{self.path / name}: no such file, but this rank's weights are in it; copy it here")
         if self.manifest is not None:
             self.manifest.check(self.path, wanted, verify=self._verify, alive=alive)
-        for name in wanted:
-            held = self.files.header(name)
-            for tensor, info in self.tensors.items():
-                if name in info.files and not info.is_like(held.get(tensor)):
+        held = {name: self.files.header(name) for name in wanted}
+        for tensor, info in self.tensors.items():
+            for name in held.keys() & info.files:
+                if not info.is_like(held[name].get(tensor)):
                     path = self.path / name
                     raise ValueError(f"{path}: tensor {tensor} is not as rank 0 has found it; copy the file again")
 

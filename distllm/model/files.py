@@ -78,7 +78,7 @@ def read_header(path: Path) -> Headers:
         ValueError: it is not a whole safetensors file, or holds numbers of a type that torch does not know.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             infos = {name: TensorInfo(path.name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:

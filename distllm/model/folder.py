@@ -52,7 +52,7 @@ def whole_folder(output: str | Path, nbytes: int) -> Iterator[Path]:
         part.mkdir()
         with _held(part):
             yield part
-            part.rename(target)
+        part.rename(target)
     except OSError as error:
         raise OSError(f"shard.output={output}: {error.strerror or error}; nothing was written there") from error
     finally:
@@ -60,12 +60,19 @@ def whole_folder(output: str | Path, nbytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(part: Path) -> Iterator[None]:
-    """Tells others that this folder is being written to, for as long as the process lives."""
+def _held(part: Path) -> Iterator[bool]:
+    """Tells others that this folder is being written to, for as long as the process lives.
+
+    Gives False if another process holds it, or the disk cannot tell.
+    """
     handle = os.open(part, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
     finally:
         os.close(handle)
 
@@ -74,5 +81,6 @@ def _remove_left_over(parent: Path, prefix: str) -> None:
     """Of processes that were killed before the end."""
     for path in parent.iterdir():
         if path.name.startswith(prefix):
-            with suppress(OSError), _held(path):
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError), _held(path) as left_over:
+                if left_over:
+                    shutil.rmtree(path, ignore_errors=True)

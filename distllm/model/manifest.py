@@ -6,7 +6,7 @@ Knows no plan: the spans are those that the files were cut for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -128,27 +128,36 @@ def check_first(path: Path, file: StoredFile) -> None:
 
 
 def verified(path: Path, file: StoredFile) -> Iterator[tuple[str, int, bytes]]:
-    """Reads a file to its end: name of a tensor, place in the tensor, bytes. A tensor is sound when the next one comes.
+    """Reads a file to its end and gives what is in it: name of a tensor, place in the tensor, bytes.
 
     Raises:
-        ValueError: a tensor or the header is not that of the manifest; names the file and the tensor.
+        ValueError: at the end, if anything was not that of the manifest; names the file and the tensor.
     """
     head, starts = raw.layout(file.infos)
     with path.open("rb") as opened:
         if opened.read(len(head)) != head:
             raise ValueError(f"{path}: its header is not as {MANIFEST} says; copy the file again")
-        whole = hashlib.sha256(head)
+        digest = hashlib.sha256(head)
         for name, start in starts.items():
-            at, digest = 0, hashlib.sha256()
+            at = 0
             for chunk in raw.chunks(opened, start, file.tensors[name].bytes):
-                whole.update(chunk)
                 digest.update(chunk)
                 yield name, at, chunk
                 at += len(chunk)
+    if digest.hexdigest() != file.sha256:
+        raise ValueError(_blame(path, file))
+
+
+def _blame(path: Path, file: StoredFile) -> str:
+    """Which tensor it is that makes the sha256 of a file another one."""
+    with path.open("rb") as opened:
+        for name, start in raw.layout(file.infos)[1].items():
+            digest = hashlib.sha256()
+            for chunk in raw.chunks(opened, start, file.tensors[name].bytes):
+                digest.update(chunk)
             if digest.hexdigest() != file.tensors[name].sha256:
-                raise ValueError(_another(path, name))
-    if whole.hexdigest() != file.sha256:
-        raise ValueError(f"{path}: its sha256 is not as {MANIFEST} says; copy both again")
+                return _another(path, name)
+    return f"{path}: its sha256 is not as {MANIFEST} says, though those of its tensors are; copy both again"
 
 
 def _another(path: Path, tensor: str) -> str:
@@ -195,14 +204,22 @@ def _check(path: Path, manifest: Manifest) -> None:
         ValueError: files, tensors or spans contradict each other.
     """
     for name in (*(file.name for file in manifest.files), *manifest.small_files):
-        if Path(name).name != name or name == "..":
+        if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{path}: names the file {name!r}, which is outside of the folder; copy it again")
     for file in manifest.files:
         check_infos(path, file.infos)
+        sizes = [info.nbytes for info in file.infos.values()]
         head, _ = raw.layout(file.infos)
-        if file.bytes != len(head) + sum(info.nbytes for info in file.infos.values()):
+        if sizes != [each.bytes for each in file.tensors.values()] or file.bytes != len(head) + sum(sizes):
             raise ValueError(f"{path}: the tensors of {file.name} do not add up to its bytes; copy it again")
-    spans = manifest.spans
-    ends = spans and spans[0].start == 0 and spans[0].embed and spans[-1].head
-    if not ends or any(one.stop != other.start for one, other in pairwise(spans)):
+    if not _follow(manifest.spans) or len({file.name for file in manifest.files}) < len(manifest.files):
         raise ValueError(f"{path}: its stages do not follow each other; copy it again")
+
+
+def _follow(spans: Sequence[Span]) -> bool:
+    """Whether spans are a pipeline: one after the other, the embeddings in the first and the head in the last."""
+    if not spans or not all(type(end) is int for span in spans for end in (span.start, span.stop)):
+        return False
+    first, last = spans[0], spans[-1]
+    between = all(one.stop == other.start and not one.head and not other.embed for one, other in pairwise(spans))
+    return between and first.start == 0 and first.embed and last.head and all(span.layers >= 0 for span in spans)
