@@ -28,5 +28,12 @@ def test_under_torchrun(smollm2: Path) -> None:
     assert "rank 1 has served" in done.stderr
 
 
+def test_shards(smollm2: Path) -> None:
+    out = run(str(EXAMPLES / "shards.py"), str(smollm2)).stdout
+    assert "rank 1 needs stage-1.safetensors, 1" in out
+    assert "' Paris" in out
+    assert "model.safetensors" in out.splitlines()[-1]
+
+
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"two_ranks.py", "under_torchrun.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"shards.py", "two_ranks.py", "under_torchrun.py"}
