@@ -223,7 +223,7 @@ def _shard(config: Config) -> int:
     if _number("WORLD_SIZE", 1) > 1:
         raise ValueError(f"task={config.task} is the work of one process: run it without torchrun")
     wanted, output = config.shard, config.shard.output or ""
-    with shards.bar(config.task) as progress:
+    with shards.Bar(config.task) as progress:
         if config.task == "reconstruct":
             shards.reconstruct_model(config.model.path or "", output, progress=progress)
         else:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from tqdm import tqdm
 
@@ -116,16 +115,29 @@ def reconstruct_model(
     return Path(output)
 
 
-@contextmanager
-def bar(doing: str) -> Iterator[Progress]:
-    """Progress as a bar on standard error."""
-    with tqdm(desc=doing, unit="B", unit_scale=True, file=sys.stderr) as drawn:
+class Bar:
+    """Progress on standard error, from the first byte to the last."""
 
-        def show(done: int, total: int) -> None:
-            drawn.total = total
-            drawn.update(done - drawn.n)
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+        self._bar: tqdm[NoReturn] | None = None
 
-        yield show
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(desc=self._doing, total=total, unit="B", unit_scale=True, file=sys.stderr)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _whole(model: ModelConfig) -> Blueprint:

@@ -1,4 +1,4 @@
-"""A model cut into one file a stage, run from those, and made whole again: python examples/shards.py [FOLDER of a model]
+"""A model cut into one file a stage, run from them, and made whole again: python examples/shards.py [FOLDER of a model]
 
 Here both ranks are on this host and read one folder. On several hosts each needs the manifest, the small files and its
 own stage's file.

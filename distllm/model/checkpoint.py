@@ -178,10 +178,15 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """The same on two hosts if configuration, tensor names, shapes, types and files are the same."""
+        """The same on two hosts if configuration, tensor names, shapes, types and files are the same.
+
+        Of shards it tells the numbers too, by the manifest.
+        """
         digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name}{info}".encode())
+        for file in self.manifest.files if self.manifest else ():
+            digest.update(file.sha256.encode())
         return digest.hexdigest()[:16]
 
 

@@ -19,9 +19,9 @@ LENGTH_BYTES = 8
 def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     """The head of a file of these tensors, and where in the file each begins, in the order in which they lie.
 
-    Wide numbers come first, so that every tensor begins at a multiple of its numbers' size.
+    Wide numbers come first, so that every tensor begins at a multiple of its numbers' size; else names tell the order.
     """
-    order = sorted(tensors, key=lambda name: -ITEM_BYTES[tensors[name].dtype])
+    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name in order:
