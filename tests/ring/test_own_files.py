@@ -23,7 +23,7 @@ Start = Callable[[Sequence[Sequence[str]]], Job]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tied, so that the last rank needs the first one's table."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama_tied")
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama_tied", num_hidden_layers=12)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def commands(homes: Sequence[Path], *words: str) -> list[list[str]]:
 
 def test_each_rank_has_its_own_file_alone(model: Path, answer: list[int], tmp_path: Path, start: Start) -> None:
     """The first rank has so much more that layers would be moved, if the others had their files."""
-    shard_model(model, tmp_path / "shards", layers=[3, 1, 1])
+    shard_model(model, tmp_path / "shards", layers=[10, 1, 1])
     homes = homes_of(tmp_path / "shards", tmp_path)
     assert [len(list((home / "model").glob("*.safetensors"))) for home in homes] == [1, 1, 1]
     job = start(commands(homes, "plan.min_gain=0"))
     assert job.wait(120) == [0, 0, 0], job.err.read_text()
     assert job.out.read_text().strip("\n") == byte_tokenizer().decode(answer, skip_special_tokens=True)
     said = job.err.read_text()
-    for held in ("embeddings + layers 0-2", "layers 3-3", "layers 4-4 + head"):
+    for held in ("embeddings + layers 0-9", "layers 10-10", "layers 11-11 + head"):
         assert f" holds {held}, " in said
     assert "moving layers" not in said
 
@@ -81,8 +81,8 @@ def test_a_rank_whose_file_is_damaged_is_named(model: Path, tmp_path: Path, star
 
 def test_with_all_files_another_split_works(model: Path, answer: list[int], tmp_path: Path) -> None:
     shard_model(model, tmp_path / "shards", stages=2, by="layers")
-    plan = PlanConfig(strategy="manual", layers=[1, 4])
+    plan = PlanConfig(strategy="manual", layers=[2, 10])
     with LLM(tmp_path / "shards", workers=2, cluster=ClusterConfig(threads=1), plan=plan) as llm:
-        assert [stage.span.layers for stage in llm.plan.stages] == [1, 4]
+        assert [stage.span.layers for stage in llm.plan.stages] == [2, 10]
         (output,) = llm.generate([PROMPT], SamplingParams(max_tokens=TOKENS))
     assert list(output.token_ids) == answer
