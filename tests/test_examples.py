@@ -34,9 +34,17 @@ def test_quantized(smollm2: Path) -> None:
     assert all("Paris" in line for line in lines)
 
 
+def test_shards(smollm2: Path) -> None:
+    out = run(str(EXAMPLES / "shards.py"), str(smollm2)).stdout
+    assert "rank 1 needs stage-1.safetensors, 1" in out
+    assert "' Paris" in out
+    assert "model.safetensors" in out.splitlines()[-1]
+
+
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "quantized.py",
+        "shards.py",
         "two_ranks.py",
         "under_torchrun.py",
     }

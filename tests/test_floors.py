@@ -17,14 +17,14 @@ ROOT = Path(distllm.__file__).parent
 
 NOUNS = {"core", "config"}
 MIDDLE = {"model", "plan", "net"}
-DOORS = {"", "llm", "run", "compose", "generate", "bench"}
+DOORS = {"", "llm", "run", "compose", "generate", "shards", "bench"}
 ALLOWED = (
     {"core": set(), "config": {"core"}, "engine": NOUNS | MIDDLE}
     | dict.fromkeys(MIDDLE, NOUNS)
     | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine"} | DOORS)
 )
 # Who must start fast, or is pure: no torch when these are imported.
-TORCHLESS = {"", "core", "config", "compose", "generate", "run"}
+TORCHLESS = {"", "core", "config", "compose", "generate", "run", "shards"}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fakes import tiny_checkpoint
 from hub import COMMIT, FakeHub, fake_hub
 
 from distllm.model.checkpoint import Checkpoint
+from distllm.shards import shard_model
 
 # Prints what a checkpoint tells, then downloads the files named on the command line.
 SCRIPT = """
@@ -112,6 +113,17 @@ def test_a_single_file(hub: FakeHub, home: Path, folder: Path) -> None:
     said = look(hub, home)
     assert set(said["tensors"]) == set(Checkpoint(folder).tensors)  # type: ignore[call-overload]
     assert cached(home) == []
+
+
+def test_of_shards_the_manifest_tells_all(hub: FakeHub, home: Path, folder: Path) -> None:
+    shard_model(folder, folder.parent / "shards", stages=3)
+    shutil.rmtree(folder)
+    (folder.parent / "shards").rename(folder)
+    said = look(hub, home)
+    assert said["tensors"].keys() == Checkpoint(folder).tensors.keys()  # type: ignore[attr-defined]
+    assert not hub.bytes_of, "no header is asked for"
+    look(hub, home, "main", "stage-1.safetensors")
+    assert cached(home) == ["stage-1.safetensors"]
 
 
 def test_no_such_repository(hub: FakeHub, home: Path) -> None:

@@ -23,6 +23,7 @@ from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Loaded, load
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Status
 from distllm.engine.pipeline import Pipeline
+from distllm.engine.stored import check_stored, stored_wish
 from distllm.model.blueprint import Blueprint
 from distllm.net.wire import WireBroken
 from distllm.plan.partition import PlanWish, human_bytes, measured, partition, rebalanced
@@ -63,8 +64,9 @@ class Job:
         self._cluster = cluster
         self.members: Sequence[Member] = _members(cluster, options)
         self.sizes: ModelSizes = blueprint.sizes_with(options.quantization)
-        self.wish = _wish(options, blueprint.sizes)
+        self.wish = stored_wish(_wish(options, blueprint.sizes), blueprint, len(self.members))
         self.plan: Plan = self._first_plan()
+        check_stored(self.plan, blueprint.checkpoint)
         self._epoch = 0
 
     def _first_plan(self) -> Plan:
@@ -112,7 +114,9 @@ class Job:
 
     @property
     def _calibrates(self) -> bool:
-        return self._cluster is not None and self.options.plan.strategy == "balanced" and self.options.plan.calibrate
+        """Not with shards on disk: whoever is given more layers would lack their file."""
+        wanted = self.options.plan.strategy == "balanced" and self.options.plan.calibrate
+        return self._cluster is not None and wanted and self.blueprint.checkpoint.manifest is None
 
     def _better(self, pipeline: Pipeline) -> Plan | None:
         """A better plan, if the stages' measured times say so."""
@@ -204,6 +208,7 @@ class Job:
             fingerprint=self.blueprint.checkpoint.fingerprint,
             anatomy=self.blueprint.anatomy,
             tensors=self.blueprint.checkpoint.tensors,
+            manifest=self.blueprint.checkpoint.manifest,
             devices=tuple(devices[stage.rank] for stage in plan.stages),
             threads=1,
             deadline_s=self.options.cluster.deadline_s,

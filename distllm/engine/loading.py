@@ -60,7 +60,7 @@ def open_blueprint(order: LoadOrder) -> Blueprint:
         ValueError: this host's files are missing, broken, or not those of the master.
     """
     model = order.model
-    checkpoint = Checkpoint(source.files(model), order.tensors)
+    checkpoint = Checkpoint(source.files(model), order.tensors, manifest=order.manifest, verify=model.verify)
     if checkpoint.fingerprint != order.fingerprint:
         raise ValueError(f"{checkpoint.path / 'config.json'}: is not that of the master's model; copy it again")
     return Blueprint(checkpoint, dtype=model.dtype, context_length=model.context_length, anatomy=order.anatomy)

@@ -9,6 +9,7 @@ from distllm.config import EngineConfig, ModelConfig, QuantizationConfig
 from distllm.core import Member, Plan
 from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
+from distllm.model.manifest import Manifest
 from distllm.net.control import AgentId
 
 # Below the id of any step; steps that only time the stages have ids below 0 too.
@@ -38,7 +39,8 @@ class Registration:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOrder:
     """Hold what this plan gives you. What the master knows of its copy of the model comes along, so that a rank looks
-    into no file but its own: `fingerprint`, `anatomy`, and `tensors`, the headers of all files.
+    into no file but its own: `fingerprint`, `anatomy`, `tensors`, the headers of all files, and of shards on disk the
+    `manifest`.
 
     `devices` are those of the plan's stages, in ring order.
     """
@@ -51,6 +53,7 @@ class LoadOrder:
     fingerprint: str
     anatomy: Anatomy
     tensors: Mapping[str, TensorInfo]
+    manifest: Manifest | None
     devices: tuple[str, ...]
     threads: int
     deadline_s: float

@@ -11,6 +11,7 @@ from distllm.config import ModelConfig
 from distllm.core import Request, SamplingParams
 from distllm.model import source
 from distllm.model.blueprint import Blueprint
+from distllm.model.checkpoint import Checkpoint
 from distllm.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -84,4 +85,5 @@ def open_blueprint(model: ModelConfig) -> Blueprint:
     Raises:
         ValueError: the model cannot be used; the sentence says why.
     """
-    return Blueprint(source.files(model), dtype=model.dtype, context_length=model.context_length)
+    checkpoint = Checkpoint(source.files(model), verify=model.verify)
+    return Blueprint(checkpoint, dtype=model.dtype, context_length=model.context_length)

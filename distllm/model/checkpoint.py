@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distllm.model.files import LocalFiles, TensorInfo
+from distllm.model import manifest as manifests
+from distllm.model.files import Headers, LocalFiles, TensorInfo
+from distllm.model.manifest import MANIFEST, Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -36,18 +38,42 @@ class Checkpoint:
 
     Args:
         tensors: what the headers of another copy say; None reads them here.
+        manifest: of the other copy, if that is in shards; with `tensors` only.
+        verify: hold shards that are to be loaded against the manifest's sha256, not just its sizes and first bytes.
 
     Raises:
         ValueError: something is missing, cut short or not readable; the sentence names the file and the fix.
     """
 
-    def __init__(self, files: LocalFiles | str | Path, tensors: Mapping[str, TensorInfo] | None = None) -> None:
+    def __init__(
+        self,
+        files: LocalFiles | str | Path,
+        tensors: Mapping[str, TensorInfo] | None = None,
+        *,
+        manifest: Manifest | None = None,
+        verify: bool = False,
+    ) -> None:
         self.files = files if isinstance(files, LocalFiles) else LocalFiles(Path(files).expanduser())
         self.path = self.files.folder
+        self._verify = verify
         try:
-            self.tensors: Mapping[str, TensorInfo] = tensors or _read_headers(self.files)
+            self.manifest = manifest if tensors else read_manifest(self.path)
+            self.tensors: Mapping[str, TensorInfo] = tensors or self._found()
         except OSError as error:  # a folder of somebody else's, or a name that is too long
             raise ValueError(f"model.path={self.path}: {error.strerror} ({error.filename})") from error
+
+    def _found(self) -> Headers:
+        """The tensors of all files: of shards, those that are here are held against the manifest."""
+        if self.manifest is None:
+            return _read_headers(self.files)
+        self.manifest.check(self.path, self.present)
+        return self.manifest.tensors
+
+    @property
+    def present(self) -> list[str]:
+        """Of shards, the files that are in the folder."""
+        files = self.manifest.files if self.manifest else ()
+        return [file.name for file in files if (self.path / file.name).exists()]
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -128,29 +154,39 @@ class Checkpoint:
             )
         return declared
 
-    def check(self, names: Iterable[str]) -> None:
-        """Holds files that came later, or are another copy's, against the headers that are known.
+    def check(self, names: Iterable[str], alive: Callable[[], None] = lambda: None) -> None:
+        """Holds files that came later, or are another copy's, against the headers and the manifest that are known.
+
+        Args:
+            alive: called while it goes on.
 
         Raises:
             ValueError: a file is missing, cut short, or another one; names it and the tensor.
         """
-        held: dict[str, TensorInfo] = {}
-        wanted = set(names)
+        wanted = sorted(set(names))
         for name in wanted:
             if not (self.path / name).exists():
                 raise ValueError(f"{self.path / name}: no such file, but this rank's weights are in it; copy it here")
-            held |= self.files.header(name)
+        if self.manifest is not None:
+            self.manifest.check(self.path, wanted, verify=self._verify, alive=alive)
+        held = {name: self.files.header(name) for name in wanted}
         for tensor, info in self.tensors.items():
-            if info.file in wanted and held.get(tensor) != info:
-                path = self.path / info.file
-                raise ValueError(f"{path}: tensor {tensor} is not as rank 0 has found it; copy the file again")
+            for name in held.keys() & info.files:
+                if not info.is_like(held[name].get(tensor)):
+                    path = self.path / name
+                    raise ValueError(f"{path}: tensor {tensor} is not as rank 0 has found it; copy the file again")
 
     @property
     def fingerprint(self) -> str:
-        """The same on two hosts if configuration, tensor names, shapes, types and files are the same."""
+        """The same on two hosts if configuration, tensor names, shapes, types and files are the same.
+
+        Of shards it tells the numbers too, by the manifest.
+        """
         digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
         for name, info in sorted(self.tensors.items()):
             digest.update(f"{name}{info}".encode())
+        for file in self.manifest.files if self.manifest else ():
+            digest.update(file.sha256.encode())
         return digest.hexdigest()[:16]
 
 
@@ -197,6 +233,16 @@ def _alone(text: PretrainedConfig) -> PretrainedConfig:
         return text
     values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
     return AutoConfig.for_model(TEXT_MODELS[text.model_type], **values)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder of shards; None if it is none.
+
+    Raises:
+        ValueError: it is broken, or of a newer distllm.
+    """
+    path = folder / MANIFEST
+    return manifests.parse(path, read_json(path)) if path.is_file() else None
 
 
 def _read_headers(files: LocalFiles) -> dict[str, TensorInfo]:

@@ -20,11 +20,21 @@ Headers = dict[str, "TensorInfo"]
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint, from its file's header."""
+    """One tensor of a checkpoint, from its file's header; `copies` are other files that hold the same one."""
 
     file: str
     shape: tuple[int, ...]
     dtype: str
+    copies: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that holds it."""
+        return (self.file, *self.copies)
+
+    def is_like(self, other: TensorInfo | None) -> bool:
+        """Whether another file's tensor has the same shape and type."""
+        return other is not None and (self.shape, self.dtype) == (other.shape, other.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +78,7 @@ def read_header(path: Path) -> Headers:
         ValueError: it is not a whole safetensors file, or holds numbers of a type that torch does not know.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             infos = {name: TensorInfo(path.name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:

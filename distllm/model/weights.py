@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,14 @@ class TensorMap:
 
     def files(self, shard: Shard) -> set[str]:
         """Names of the files that hold tensors of this shard."""
-        return {self.checkpoint.tensors[name].file for name in self.owned(shard)}
+        return set(self.places(shard).values())
+
+    def places(self, shard: Shard) -> dict[str, str]:
+        """The file that each tensor of this shard is read from: of several that hold it, one that is needed anyway."""
+        files = {name: self.checkpoint.tensors[name].files for name in self.owned(shard)}
+        needed = {each[0] for each in files.values() if len(each) == 1}
+        own = 0 if shard.span.embed else -1
+        return {name: next((file for file in each if file in needed), each[own]) for name, each in files.items()}
 
     def owned(self, shard: Shard) -> list[str]:
         """Names, in the checkpoint, of the tensors that this shard needs."""
@@ -207,15 +214,16 @@ def load(
         ValueError: a file is missing, cut short, or not as its header was when the model was looked through.
     """
     folder = tensors.checkpoint.path
-    names = sorted(tensors.files(shard))
+    places = tensors.places(shard)
+    names = sorted(set(places.values()))
     tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
-    tensors.checkpoint.check(names)
+    tensors.checkpoint.check(names, alive=lambda: progress(0))
     tally = Tally(progress)
     layers = shard.base.get_submodule(tensors.anatomy.layers)
     fill = _filler(shard, device)
     for part, owned in tensors.parts(shard):
         with ExitStack() as opened:  # for each part anew: what was cast from a mapped file would stay in memory
-            fill(_slices(tensors, owned, shard.dtype, opened, tally))
+            fill(_slices(tensors, {name: places[name] for name in owned}, shard.dtype, opened, tally))
         if isinstance(part, int):
             finish(layers[part])
     shard.read_bytes = tally.read_bytes
@@ -229,17 +237,17 @@ def load(
 
 
 def _slices(
-    tensors: TensorMap, names: Iterable[str], dtype: torch.dtype, opened: ExitStack, tally: Tally
+    tensors: TensorMap, places: Mapping[str, str], dtype: torch.dtype, opened: ExitStack, tally: Tally
 ) -> dict[str, LazyTensor]:
-    """What transformers' loader takes for the tensors of these names, by their names in the model."""
-    folder, files, slices = tensors.checkpoint.path, dict[str, Any](), {}
-    for name in names:
+    """What transformers' loader takes for the tensors of these names, each in its file, by their names in the model."""
+    folder = tensors.checkpoint.path
+    files = {file: opened.enter_context(safe_open(folder / file, "pt")) for file in set(places.values())}
+    slices = {}
+    for name, file in places.items():
         info = tensors.checkpoint.tensors[name]
-        if info.file not in files:
-            files[info.file] = opened.enter_context(safe_open(folder / info.file, "pt"))
         nbytes = math.prod(info.shape) * dtype.itemsize if _is_float(info) else info.nbytes
         see = partial(tally.see, nbytes)
-        slices[tensors.targets[name].alias] = LazyTensor(files[info.file].get_slice(name), see)
+        slices[tensors.targets[name].alias] = LazyTensor(files[file].get_slice(name), see)
     return slices
 
 

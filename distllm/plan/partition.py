@@ -35,6 +35,7 @@ class PlanWish:
     Args:
         strategy: "balanced", "even" or "manual".
         layers: layers of each rank, for "manual" only.
+        stored: they are not the user's wish, but those of shards on disk.
         kv_tokens: KV room that the plan must have, in tokens; None takes what memory allows.
         kv_tokens_wanted: most KV room of use when `kv_tokens` is None.
         kv_tokens_needed: least KV room that makes sense when `kv_tokens` is None.
@@ -44,6 +45,7 @@ class PlanWish:
 
     strategy: str = "balanced"
     layers: tuple[int, ...] | None = None
+    stored: bool = False
     kv_tokens: int | None = None
     kv_tokens_wanted: int
     kv_tokens_needed: int
@@ -87,6 +89,8 @@ def partition(members: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> P
         if wish.strategy != "balanced" and balanced_split(ranks, sizes, wish) is not None:
             without = " without plan.layers" if wish.strategy == "manual" else ""
             fixes = f"plan.strategy=balanced{without} finds a split that fits"
+        if wish.stored:
+            fixes = f"cut the shards anew for these ranks, {FIXES}"
         raise ValueError(f"the model does not fit: {'; '.join(filter(None, complaints))}; {fixes}")
     return plan_of(ranks, sizes, wish, split)
 

@@ -1,0 +1,225 @@
+"""The manifest of a checkpoint in shards: which stage's file holds which tensors, and how to tell that it is the file.
+
+Knows no plan: the spans are those that the files were cut for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from distllm.core import Span
+from distllm.model import raw
+from distllm.model.files import Headers, TensorInfo, check_infos
+
+MANIFEST = "manifest.json"
+FORMAT = "distllm-shards"
+VERSION = 1
+# Of each tensor so many bytes are in the manifest itself: they tell another model's file without reading it.
+FIRST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a stage's file; `first` are its first bytes, as hexadecimal digits."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    sha256: str
+    first: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of tensors; `span` is None if no stage needs them."""
+
+    name: str
+    span: Span | None
+    bytes: int
+    sha256: str
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def infos(self) -> Headers:
+        return {name: TensorInfo(self.name, each.shape, each.dtype) for name, each in self.tensors.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file without tensors: the configuration, or a part of the tokenizer."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds, or would if all of its files were here."""
+
+    model_type: str
+    files: tuple[StoredFile, ...]
+    small_files: Mapping[str, SmallFile]
+
+    @cached_property
+    def tensors(self) -> Headers:
+        """As the headers of all files would tell it; a tensor that lies in several belongs to the first one."""
+        found: Headers = {}
+        for file in self.files:
+            for name, info in file.infos.items():
+                first = found.get(name)
+                files = (file.name,) if first is None else (*first.files, file.name)
+                found[name] = TensorInfo(files[0], info.shape, info.dtype, files[1:])
+        return found
+
+    @property
+    def stages(self) -> tuple[StoredFile, ...]:
+        """The files that ranks need, in the order of the pipeline."""
+        return tuple(file for file in self.files if file.span is not None)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(file.span for file in self.files if file.span is not None)
+
+    def check(
+        self, folder: Path, names: Iterable[str], *, verify: bool = False, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """Holds files of a folder against the manifest: their sizes, and each tensor's first bytes.
+
+        Args:
+            verify: read them whole, for the sha256.
+            alive: called while that goes on.
+
+        Raises:
+            ValueError: a file is cut short or another one; names it and the tensor.
+        """
+        wanted = set(names)
+        for file in self.files:
+            if file.name in wanted:
+                check_first(folder / file.name, file)
+                for _ in verified(folder / file.name, file) if verify else ():
+                    alive()
+
+
+def check_first(path: Path, file: StoredFile) -> None:
+    """The cheap part of a check: size, and a few bytes of each tensor.
+
+    Raises:
+        ValueError: the file is cut short or another one; names it and the tensor.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        for name, start in raw.layout(file.infos)[1].items():
+            tensor = file.tensors[name]
+            if start + tensor.bytes > size:
+                raise ValueError(
+                    f"{path}: is cut short in tensor {name}: {size:,} of {file.bytes:,} bytes; copy it again"
+                )
+            opened.seek(start)
+            if opened.read(min(FIRST_BYTES, tensor.bytes)).hex() != tensor.first:
+                raise ValueError(_another(path, name))
+    if size != file.bytes:
+        raise ValueError(f"{path}: has {size:,} bytes where {MANIFEST} says {file.bytes:,}; copy it again")
+
+
+def verified(path: Path, file: StoredFile) -> Iterator[tuple[str, int, bytes]]:
+    """Reads a file to its end and gives what is in it: name of a tensor, place in the tensor, bytes.
+
+    Raises:
+        ValueError: at the end, if anything was not that of the manifest; names the file and the tensor.
+    """
+    head, starts = raw.layout(file.infos)
+    with path.open("rb") as opened:
+        if opened.read(len(head)) != head:
+            raise ValueError(f"{path}: its header is not as {MANIFEST} says; copy the file again")
+        digest = hashlib.sha256(head)
+        for name, start in starts.items():
+            at = 0
+            for chunk in raw.chunks(opened, start, file.tensors[name].bytes):
+                digest.update(chunk)
+                yield name, at, chunk
+                at += len(chunk)
+    if digest.hexdigest() != file.sha256:
+        raise ValueError(_blame(path, file))
+
+
+def _blame(path: Path, file: StoredFile) -> str:
+    """Which tensor it is that makes the sha256 of a file another one."""
+    with path.open("rb") as opened:
+        for name, start in raw.layout(file.infos)[1].items():
+            digest = hashlib.sha256()
+            for chunk in raw.chunks(opened, start, file.tensors[name].bytes):
+                digest.update(chunk)
+            if digest.hexdigest() != file.tensors[name].sha256:
+                return _another(path, name)
+    return f"{path}: its sha256 is not as {MANIFEST} says, though those of its tensors are; copy both again"
+
+
+def _another(path: Path, tensor: str) -> str:
+    return (
+        f"{path}: tensor {tensor} is not the one of {MANIFEST}: the file is damaged, or another model's or stage's; "
+        "copy it again"
+    )
+
+
+def parse(path: Path, values: Mapping[str, Any]) -> Manifest | None:
+    """The manifest that a JSON object tells; None if it is another program's.
+
+    Raises:
+        ValueError: it is of a newer distllm, or does not hold together.
+    """
+    if values.get("format") != FORMAT:
+        return None
+    if values.get("version") != VERSION:
+        raise ValueError(
+            f"{path}: is of version {values.get('version')!r}, but this distllm reads {VERSION}; "
+            "update distllm or cut the shards anew"
+        )
+    try:
+        manifest = Manifest(
+            model_type=str(values["model_type"]),
+            files=tuple(_file(each) for each in values["files"]),
+            small_files={name: SmallFile(**each) for name, each in values["small_files"].items()},
+        )
+        _check(path, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is no whole manifest of shards ({error}); copy it again") from error
+    return manifest
+
+
+def _file(values: Mapping[str, Any]) -> StoredFile:
+    tensors = {name: StoredTensor(**each | {"shape": tuple(each["shape"])}) for name, each in values["tensors"].items()}
+    span = None if values["span"] is None else Span(**values["span"])
+    return StoredFile(values["name"], span, values["bytes"], values["sha256"], tensors)
+
+
+def _check(path: Path, manifest: Manifest) -> None:
+    """
+    Raises:
+        ValueError: files, tensors or spans contradict each other.
+    """
+    for name in (*(file.name for file in manifest.files), *manifest.small_files):
+        if Path(name).name != name or name in ("", ".."):
+            raise ValueError(f"{path}: names the file {name!r}, which is outside of the folder; copy it again")
+    for file in manifest.files:
+        check_infos(path, file.infos)
+        sizes = [info.nbytes for info in file.infos.values()]
+        head, _ = raw.layout(file.infos)
+        if sizes != [each.bytes for each in file.tensors.values()] or file.bytes != len(head) + sum(sizes):
+            raise ValueError(f"{path}: the tensors of {file.name} do not add up to its bytes; copy it again")
+    if not _follow(manifest.spans) or len({file.name for file in manifest.files}) < len(manifest.files):
+        raise ValueError(f"{path}: its stages do not follow each other; copy it again")
+
+
+def _follow(spans: Sequence[Span]) -> bool:
+    """Whether spans are a pipeline: one after the other, the embeddings in the first and the head in the last."""
+    if not spans or not all(type(end) is int for span in spans for end in (span.start, span.stop)):
+        return False
+    first, last = spans[0], spans[-1]
+    between = all(one.stop == other.start and not one.head and not other.embed for one, other in pairwise(spans))
+    return between and first.start == 0 and first.embed and last.head and all(span.layers >= 0 for span in spans)
