@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, validate_engine
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig
 from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
@@ -18,6 +18,7 @@ from distllm.engine.home import home
 from distllm.engine.job import Options
 from distllm.engine.reader import Messages, Prompt, Reader
 from distllm.net.store import Rendezvous
+from distllm.validation import validate_engine
 
 Heard = TypeVar("Heard")
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from distllm.compose import compose, help_text, split_arguments, yaml_of
-from distllm.config import SHARD_TASKS, Config, validate
+from distllm.config import SHARD_TASKS, Config
 from distllm.core import EngineError
+from distllm.validation import validate
 
 if TYPE_CHECKING:
     from distllm.engine.reader import Reader

@@ -17,9 +17,8 @@ from distllm.config import (
     keys,
     one_of,
     suggest,
-    validate,
-    validate_engine,
 )
+from distllm.validation import validate, validate_engine
 
 
 def changed(**values: Any) -> Config:

@@ -15,16 +15,16 @@ import distllm
 
 ROOT = Path(distllm.__file__).parent
 
-NOUNS = {"core", "config"}
+NOUNS = {"core", "config", "validation"}
 MIDDLE = {"model", "plan", "net"}
 DOORS = {"", "llm", "run", "compose", "generate", "shards", "bench"}
 ALLOWED = (
-    {"core": set(), "config": {"core"}, "engine": NOUNS | MIDDLE}
+    {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "engine": NOUNS | MIDDLE}
     | dict.fromkeys(MIDDLE, NOUNS)
     | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine"} | DOORS)
 )
 # Who must start fast, or is pure: no torch when these are imported.
-TORCHLESS = {"", "core", "config", "compose", "generate", "run", "shards"}
+TORCHLESS = {"", "core", "config", "validation", "compose", "generate", "run", "shards"}
 
 
 @dataclass(frozen=True)
