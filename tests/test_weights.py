@@ -441,6 +441,29 @@ def test_files_that_change_after_they_were_looked_through(
     assert str(error.value).startswith(str(file))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [(1,), (1, 3)])
+def test_numbers_that_are_none_are_told_of(
+    layers: tuple[int, ...],
+    dtype: torch.dtype,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in layers]
+    weights = {name: stored(folder_of("llama"))[name].to(dtype) for name in names}
+    for weight in weights.values():
+        weight[3, 5] = torch.nan
+    folder = as_one_file(folder_of("llama"), tmp_path / "copy", **weights)
+    plan = blueprint(folder)
+    for span, told in ((Span(0, 4, embed=True), layers), (Span(4, 5, head=True), ())):
+        caplog.clear()
+        loaded(plan, span)
+        more = f" and {len(told) - 1} more" if len(told) > 1 else ""
+        sentence = f"{folder / SINGLE}: tensor {names[0]}{more}: holds NaN, so the answers will make no sense"
+        assert caplog.messages == [f"{sentence}; fetch the checkpoint again"] * bool(told)
+
+
 def test_progress_adds_up_to_the_weights(blueprint_of: Callable[[str], Blueprint]) -> None:
     plan = blueprint_of("mixtral")
     read: list[int] = []

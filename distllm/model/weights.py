@@ -6,6 +6,7 @@ slices, of which it reads those that the shard owns. Knows nothing of ranks.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import threading
@@ -30,6 +31,8 @@ from distllm.model.shard import Shard
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int], None]
 
 # A step of few rows takes as long as reading the weights, and a layer besides as long as its many small operations:
@@ -51,17 +54,45 @@ class LazyTensor:
 
 
 class Tally:
-    """Counts what is read, in several threads."""
+    """Counts what is read, in several threads, and looks at every number.
+
+    The look costs a twentieth of a second a GB, and the pages that it touches are read soon after anyway.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._lock = threading.Lock()
+        self._broken: list[str] = []
         self.read_bytes = 0
 
-    def see(self, held_bytes: int, tensor: torch.Tensor) -> None:
+    def see(self, name: str, held_bytes: int, tensor: torch.Tensor) -> None:
+        """
+        Args:
+            name: what to call the tensor in a warning.
+            held_bytes: what it takes in the shard.
+        """
+        broken = has_nan(tensor)
         with self._lock:
             self.read_bytes += tensor.nbytes
+            self._broken += [name] * broken
         self._progress(held_bytes)
+
+    def warn(self) -> None:
+        """Tells of tensors that no answer with sense can come of."""
+        if self._broken:
+            more = f" and {len(self._broken) - 1} more" if len(self._broken) > 1 else ""
+            logger.warning(
+                "%s%s: holds NaN, so the answers will make no sense; fetch the checkpoint again",
+                min(self._broken),
+                more,
+            )
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Whether one of its numbers is none; types that cannot be asked, such as those of 8 bits, have none."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not tensor.numel():
+        return False
+    return bool(tensor.aminmax().max.isnan())
 
 
 class TensorMap:
@@ -226,6 +257,7 @@ def load(
             fill(_slices(tensors, {name: places[name] for name in owned}, shard.dtype, opened, tally))
         if isinstance(part, int):
             finish(layers[part])
+    tally.warn()
     shard.read_bytes = tally.read_bytes
     if shard.span.head:
         shard.model.tie_weights()
@@ -246,7 +278,7 @@ def _slices(
     for name, file in places.items():
         info = tensors.checkpoint.tensors[name]
         nbytes = math.prod(info.shape) * dtype.itemsize if _is_float(info) else info.nbytes
-        see = partial(tally.see, nbytes)
+        see = partial(tally.see, f"{folder / file}: tensor {name}", nbytes)
         slices[tensors.targets[name].alias] = LazyTensor(files[file].get_slice(name), see)
     return slices
 
