@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,18 +158,20 @@ def test_a_rival_that_answers_too_little_is_refused() -> None:
 
 def test_rivals_sleep_while_they_wait_and_end_with_their_pipe(checkpoint: Path) -> None:
     match = Match(folder=checkpoint, dtype="float32", ranks=2, deadline_s=90.0)
-    with RIVALS["transformers"](match) as whole, RIVALS["transformers-pp"](match) as split:
-        for rival in (whole, split):
+    with ExitStack() as opened:
+        rivals = [opened.enter_context(start(match)) for start in RIVALS.values()]
+        for rival in rivals:
             rival.wait_ready()
-        assert whole.run([(5, 6, 7)], 2).tokens == split.run([(5, 6, 7)], 2).tokens
-        heads = [psutil.Process(rival._process.pid) for rival in (whole, split)]
+        answers = [rival.run([(5, 6, 7)], 2).tokens for rival in rivals]
+        assert answers == answers[:1] * 3
+        heads = [psutil.Process(rival._process.pid) for rival in rivals]
         families = [[head, *head.children(recursive=True)] for head in heads]
-        assert [len(family) for family in families] == [1, 3]  # torchrun and its two ranks
+        assert [len(family) for family in families] == [1, 3, 2]  # torchrun and its two ranks; rank 0 and its other
         time.sleep(0.5)  # OpenMP's threads spin for a moment
         before = [_cpu_s(family) for family in families]
         time.sleep(1.5)
         assert all(_cpu_s(family) - was < 0.15 for family, was in zip(families, before, strict=True))
-    assert [rival._process.returncode for rival in (whole, split)] == [0, 0]
+    assert [rival._process.returncode for rival in rivals] == [0, 0, 0]
     assert not any(process.is_running() for family in families for process in family)
 
 
@@ -249,6 +252,7 @@ SETTING = Setting(
     model="toy",
     path="/toy",
     dtype="float32",
+    quantization="none",
     cores=2,
     cpu="abacus",
     elsewhere=0.0,
@@ -259,6 +263,8 @@ SETTING = Setting(
 
 def test_the_report_says_who_holds_what_and_where_the_time_goes(comparison: Comparison) -> None:
     table = as_table(SETTING, [comparison])
+    assert table.startswith("toy (/toy) in float32\n")
+    assert "in float32, weights of distllm in int8\n" in as_table(replace(SETTING, quantization="int8"), [comparison])
     assert "rank 0 holds embeddings + layers 0-2, 3.00 kB" in table
     assert re.search(r"distllm +4\.0 +2\.0 +4\.0\n", table)
     assert re.search(r"slow +0\.7 +0\.5 +2\.0 +3\.00 x +equal", table)

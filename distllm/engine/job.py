@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig
 from distllm.core import EngineError, Member, ModelSizes, Plan
@@ -21,8 +19,9 @@ from distllm.engine import host
 from distllm.engine.calibrate import time_stages
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Loaded, load
-from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Status
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder
 from distllm.engine.pipeline import Pipeline
+from distllm.engine.progress import LoadProgress
 from distllm.engine.stored import check_stored, stored_wish
 from distllm.model.blueprint import Blueprint
 from distllm.net.wire import WireBroken
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
 WORKSPACE_BYTES = 100 * 10**6
-PROGRESS_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,43 +284,3 @@ def rank_0_is(doing: str) -> Iterator[None]:
     except Exception as error:
         logger.debug("rank 0 failed while %s", doing, exc_info=True)
         raise EngineError(f"rank 0 failed while {doing}: {type(error).__name__}: {error}") from error
-
-
-class LoadProgress:
-    """A bar for the bytes that all ranks have read."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="loading", delay=PROGRESS_AFTER_S, leave=False, disable=None
-        )
-        self._lock = threading.Lock()
-        self._mine = 0
-        self._others = 0
-        self._progressed = time.monotonic()
-
-    def add_mine(self, nbytes: int) -> None:
-        with self._lock:
-            self._mine += nbytes
-            self._progressed = time.monotonic()
-            self._show()
-
-    def see(self, told: Mapping[int, Status]) -> None:
-        with self._lock:
-            self._others = sum(status.loaded_bytes for status in told.values())
-            self._show()
-
-    def _show(self) -> None:
-        self._bar.n = min(self._mine + self._others, self._total)
-        self._bar.refresh()
-
-    @property
-    def still_s(self) -> float:
-        """Seconds since rank 0 read anything."""
-        return time.monotonic() - self._progressed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -24,13 +24,15 @@ class Job(TypedDict):
 class Pipe:
     """Takes over standard input and output: what else is printed goes to standard error from now on.
 
-    The process ends when its standard input closes, whatever it is doing.
+    Args:
+        abrupt: end the process when its standard input closes, whatever it is doing; else `jobs` ends, and no more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, abrupt: bool = True) -> None:
         self._out = os.dup(1)
         os.dup2(2, 1)
-        threading.Thread(target=_end_with_input, name="rival-pipe", daemon=True).start()
+        if abrupt:
+            threading.Thread(target=_end_with_input, name="rival-pipe", daemon=True).start()
 
     def jobs(self) -> Iterator[Job]:
         for line in sys.stdin:

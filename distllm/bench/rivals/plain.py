@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--ranks", type=int, required=True)
     given = parser.parse_args()
-    pipe = Pipe()
+    pipe = Pipe(abrupt=False)  # the other ranks are ended first
     with LLM(given.folder, dtype=given.dtype, cluster=ClusterConfig(workers=given.ranks, threads=1)) as llm:
         pipe.say(ready=True)
         for job in pipe.jobs():
