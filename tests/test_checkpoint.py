@@ -169,7 +169,7 @@ def test_no_weights(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
 def test_only_pickles(folder: Path, name: str) -> None:
     (folder / SINGLE).rename(folder / name)
-    assert f"it has {name}, which distllm does not read: pickles run code" in refusal(folder)
+    assert f"it has {name}, a pickle, which can hide code: model.allow_pickle=true reads" in refusal(folder)
 
 
 def test_a_gguf_file_in_the_folder(folder: Path) -> None:

@@ -285,7 +285,7 @@ def _other_weights(folder: Path) -> str:
         return "; is this the folder of the model?"
     if names[0].endswith(".gguf"):
         return f"; say model.path={folder / names[0]}"
-    return f" (it has {names[0]}, which distllm does not read: pickles run code)"
+    return f" (it has {names[0]}, a pickle, which can hide code: model.allow_pickle=true reads tensors of it only)"
 
 
 def first_line(error: BaseException) -> str:

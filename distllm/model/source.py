@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, the Hub, or a GGUF file, which is unpacked once into the cache folder."""
+"""Where a model's files are: a folder, the Hub, or a file of another kind, which is converted once into the cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from distllm.config import ModelConfig
-from distllm.model import hub
+from distllm.model import hub, pickles
 from distllm.model.checkpoint import first_line
 from distllm.model.files import LocalFiles
 from distllm.model.hub import HubFiles
@@ -47,12 +49,30 @@ def files(model: ModelConfig) -> LocalFiles:
             raise ValueError(f"model.path={model.path}: {error}") from error
         if hub.HUB_ID.fullmatch(model.path) and not folder.exists():
             return _of_hub(model.path, model.revision)
-        return LocalFiles(converted(folder) if folder.suffix == ".gguf" else folder)
+        return LocalFiles(_readable(folder, model.allow_pickle))
     if model.hub is not None:
         return _of_hub(model.hub, model.revision)
     if model.package is None:
         raise ValueError(f"{model.name or 'this model'}: no files are given; say model.path=FOLDER or model.hub=ID")
     return LocalFiles(unpacked(model.package))
+
+
+def _readable(path: Path, allow_pickle: bool) -> Path:
+    """A folder of safetensors: this one, or what is made of it."""
+    if path.suffix == ".gguf":
+        return converted(path)
+    files = pickles.pickles_of(path) if allow_pickle else []
+    if not files:
+        return path
+    ready = cache_folder() / "pickles" / f"{path.resolve().name}-{_identity(*files)}"
+    return _once(ready, f"the pickles of {path}", partial(pickles.convert, files))
+
+
+def _identity(*files: Path) -> str:
+    """Another one for files that have changed."""
+    seen = [(path.resolve(), path.stat()) for path in files]
+    told = " ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in seen)
+    return hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def _of_hub(repository: str, revision: str | None) -> HubFiles:
@@ -71,7 +91,7 @@ def unpacked(package: str) -> Path:
     ready = cache_folder() / package
     if (ready / CONVERTED).exists():
         return ready
-    return _once(_gguf_of(package), ready)
+    return _unpacked_gguf(_gguf_of(package), ready)
 
 
 def converted(source: Path) -> Path:
@@ -83,25 +103,31 @@ def converted(source: Path) -> Path:
     try:
         with source.open("rb") as file:
             magic = file.read(len(MAGIC))
-        seen = source.stat()
     except OSError as error:
         raise ValueError(f"model.path={source}: {error.strerror}") from error
     if magic != MAGIC:
         raise ValueError(f"model.path={source}: is not a GGUF file; fetch it again")
-    identity = f"{source.resolve()} {seen.st_size} {seen.st_mtime_ns}"
-    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    return _once(source, cache_folder() / "gguf" / f"{source.stem}-{digest}")
+    return _unpacked_gguf(source, cache_folder() / "gguf" / f"{source.stem}-{_identity(source)}")
 
 
-def _once(source: Path, ready: Path) -> Path:
-    """The checkpoint in the cache folder that is made of a GGUF file, by the first who asks."""
+def _unpacked_gguf(source: Path, ready: Path) -> Path:
+    return _once(ready, source.name, partial(_convert, source))
+
+
+def _once(ready: Path, name: str, make: Callable[[Path], None]) -> Path:
+    """A checkpoint in the cache folder, made by the first who asks.
+
+    Args:
+        name: what to say that it is made of.
+        make: writes it into an empty folder.
+    """
     if (ready / CONVERTED).exists():
         return ready
     try:
         ready.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{ready}.lock", timeout=LOCK_TIMEOUT_S):
             if not (ready / CONVERTED).exists():
-                _convert_beside(source, ready)
+                _make_beside(ready, name, make)
     except Timeout:
         raise ValueError(
             f"{ready}.lock: held by another process for {LOCK_TIMEOUT_S:g} s; is a conversion stuck?"
@@ -126,14 +152,14 @@ def _gguf_of(package: str) -> Path:
     return files[0]
 
 
-def _convert_beside(source: Path, ready: Path) -> None:
+def _make_beside(ready: Path, name: str, make: Callable[[Path], None]) -> None:
     """Converts into a folder of its own and moves it into place when it is whole."""
     for left_over in ready.parent.glob(f"{ready.name}.part-*"):
         shutil.rmtree(left_over, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f"{ready.name}.part-", dir=ready.parent))
     try:
-        logger.info("unpacking %s into %s, once", source.name, ready)
-        _convert(source, part)
+        logger.info("unpacking %s into %s, once", name, ready)
+        make(part)
         (part / CONVERTED).touch()
         shutil.rmtree(ready, ignore_errors=True)
         for file in part.iterdir():

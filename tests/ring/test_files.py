@@ -6,12 +6,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 from conftest import Job, agent_per_rank
 from fakes import byte_tokenizer, reference, tiny_checkpoint
 from hub import COMMIT, FakeHub, fake_hub
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from distllm import LLM
+from distllm.config import ClusterConfig, PlanConfig
 
 RANKS = 3
 PROMPT = "Once upon a time"
@@ -63,20 +69,61 @@ def downloaded(homes: Path, rank: int) -> set[str]:
     return {file.name for file in (homes / f"rank{rank}").glob(f"hub/*/snapshots/{COMMIT}/*.safetensors")}
 
 
-def test_of_the_hub_each_rank_downloads_its_own_files(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
+def check_downloads(hub: FakeHub, model: Path, homes: Path) -> None:
+    """Each rank has downloaded files of its own once, and rank 0 the headers of all besides."""
     files = {file.name: file.stat().st_size for file in model.glob("*.safetensors")}
     assert len(files) >= 6
-    job = start(ranks_with(of_hub(hub, tmp_path), f"model.path={hub.repository}"))
-    assert job.wait(150) == [0] * RANKS, job.err.read_text()
-    assert job.out.read_text().strip("\n") == answer(model)
     for rank in range(RANKS):
-        mine = downloaded(tmp_path, rank)
+        mine = downloaded(homes, rank)
         assert mine
         assert mine != files.keys()
         served = sum(count for (who, _), count in hub.bytes_of.items() if who == f"rank{rank}")
         headers = 101_000 * len(files) if rank == 0 else 0  # rank 0 looks into all files and tells the others
         assert served <= 1.001 * sum(files[name] for name in mine) + headers
-    assert set.union(*(downloaded(tmp_path, rank) for rank in range(RANKS))) == files.keys()
+    assert set.union(*(downloaded(homes, rank) for rank in range(RANKS))) == files.keys()
+
+
+def test_of_the_hub_each_rank_downloads_its_own_files(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
+    job = start(ranks_with(of_hub(hub, tmp_path), f"model.path={hub.repository}"))
+    assert job.wait(150) == [0] * RANKS, job.err.read_text()
+    assert job.out.read_text().strip("\n") == answer(model)
+    check_downloads(hub, model, tmp_path)
+
+
+@pytest.fixture
+def two_gigabytes(tmp_path: Path) -> Path:
+    """In six files, with a tied table."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=15,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32_000,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="370MB")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_of_two_gigabytes_each_byte_is_read_once(two_gigabytes: Path, tmp_path: Path, start: Start) -> None:
+    stored = sum(file.stat().st_size for file in two_gigabytes.glob("*.safetensors"))
+    assert stored > 1.9 * 10**9
+    assert len(list(two_gigabytes.glob("*.safetensors"))) == 6
+    table = 32_000 * 2048 * 2
+    with LLM(two_gigabytes, cluster=ClusterConfig(workers=3, threads=1), plan=PlanConfig(calibrate=False)) as llm:
+        read = [rank["read_bytes"] for rank in cast(list[dict[str, int]], llm.stats()["ranks"])]
+    assert 0.99 * stored < sum(read) - table <= 1.02 * stored
+    assert max(read) < 0.45 * stored
+    with fake_hub(two_gigabytes) as hub:
+        command = ["plan.layers=[4,7,4]", "model.dtype=bfloat16", "engine.kv_tokens=512"]
+        job = start(ranks_with(of_hub(hub, tmp_path), f"model.path={hub.repository}", *command))
+        assert job.wait(600) == [0] * RANKS, job.err.read_text()
+        check_downloads(hub, two_gigabytes, tmp_path)
 
 
 def test_a_download_that_breaks_off_goes_on(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
