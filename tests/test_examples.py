@@ -30,7 +30,7 @@ def test_under_torchrun(smollm2: Path) -> None:
 
 def test_quantized(smollm2: Path) -> None:
     lines = run(str(EXAMPLES / "quantized.py"), str(smollm2)).stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["none", "int8", "int4"]
+    assert [line.split(":")[0] for line in lines] == ["int8", "int4"]
     assert all("Paris" in line for line in lines)
 
 
