@@ -48,15 +48,13 @@ def shard_model(
     Args:
         model: folder of a checkpoint, or a model configuration.
         output: a folder that is not there yet, or is empty.
-        stages: how many files, of equal bytes or layers, as `by` says.
-        layers: instead of `stages`, the layers of each.
+        stages: how many files, of equal bytes or layers, as `by` says; or in `layers`, the layers of each.
 
     Returns:
         The files of the stages, in order.
 
     Raises:
-        ValueError: the model cannot be used or cut so, or there is no room for it; the sentence says why.
-        OSError: it cannot be written.
+        ValueError, OSError: it cannot be used, cut so or written, or there is no room; the sentence says why.
     """
     from distllm.model import carve
     from distllm.model.folder import check_target, whole_folder

@@ -22,7 +22,7 @@ from distllm.model.shard import Shard, check_passes_through
 from distllm.model.weights import Progress, TensorMap
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def preload() -> None:
@@ -110,24 +110,45 @@ class Blueprint:
         if stage is None:
             return None
         shard = Shard(self.config, self.anatomy, stage.span, self.dtype)
-        halves = device.type == "cpu" and self.dtype.itemsize == 2
-        packs = halves and pack_weights and linear.has_kernels(self.dtype)
-        told: Progress = (lambda nbytes: progress(nbytes // 2)) if packs or recipe else progress
-
-        def lay_out(module: nn.Module) -> None:
-            if packs:
-                linear.pack(module, told)
-            elif halves and not linear.has_kernels(self.dtype):
-                linear.widen(module)
-
-        def finish(layer: nn.Module) -> None:
-            if recipe is not None:
-                quantize(layer, recipe.of_layer(layer), told)
-            lay_out(layer)
-
-        weights.load(shard, self.tensors, device, told, finish)
+        finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
+        weights.load(shard, self.tensors, device, finish.progress, finish.layer)
         shard.drop_table()
-        if recipe is not None:
-            quantize(shard.model, recipe.of_head(shard.model), told)
-        lay_out(shard.model)
+        finish.rest(shard.model)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)
+
+
+class Finish:
+    """What becomes of linear layers once their weights are read: quantized, packed, widened, or left as they are.
+
+    Args:
+        dtype: of the weights; None where they are on no CPU.
+        progress: told of all bytes when they are read, or of half if there is something to be done besides.
+    """
+
+    def __init__(
+        self, recipe: Recipe | None, dtype: torch.dtype | None, pack_weights: bool, progress: Progress
+    ) -> None:
+        halves = dtype is not None and dtype.itemsize == 2
+        has_kernels = dtype is not None and linear.has_kernels(dtype)
+        self._recipe = recipe
+        self._packs = halves and pack_weights and has_kernels
+        self._widens = halves and not has_kernels
+        self.progress: Progress = (lambda nbytes: progress(nbytes // 2)) if self._packs or recipe else progress
+
+    def layer(self, layer: nn.Module) -> None:
+        """One layer, as soon as it is filled."""
+        if self._recipe is not None:
+            quantize(layer, self._recipe.of_layer(layer), self.progress)
+        self._lay_out(layer)
+
+    def rest(self, model: PreTrainedModel) -> None:
+        """The head, and what else is outside of the layers."""
+        if self._recipe is not None:
+            quantize(model, self._recipe.of_head(model), self.progress)
+        self._lay_out(model)
+
+    def _lay_out(self, module: nn.Module) -> None:
+        if self._packs:
+            linear.pack(module, self.progress)
+        elif self._widens:
+            linear.widen(module)
