@@ -210,7 +210,12 @@ def test_a_token_does_not_depend_on_its_company(method: str, tmp_path: Path) -> 
     assert single.tolist() == both.tolist()[1:]
 
 
-@pytest.mark.parametrize("kind", [*FITTING, *TEXT_PARTS])
+# The others are as these: the long runs have them all.
+SHORT = ("falcon", "gpt_oss", "deepseek_v3", "hunyuan_v1_moe", "opt", "phi", "qwen3_moe", "gemma3")
+EVERY = [pytest.param(kind, marks=[] if kind in SHORT else pytest.mark.slow) for kind in (*FITTING, *TEXT_PARTS)]
+
+
+@pytest.mark.parametrize("kind", EVERY)
 def test_no_architecture_misses_the_plain_layers(kind: str, tmp_path: Path) -> None:
     known = blueprint(architecture_checkpoint(tmp_path, kind), "bfloat16")
     runner = load(known, Span(0, LAYERS, embed=True, head=True), QuantizationConfig(method="int8"))

@@ -28,7 +28,7 @@ from distllm.model import attention, families
 from distllm.model.checkpoint import Checkpoint
 
 PROMPTS = [[(7 * n + 3) % 256 for n in range(length)] for length in (40, 5, 17)]
-TOKENS = 12
+TOKENS = 8
 RANKS = 3
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 MARK = "<!-- written by tests/ring/test_architectures.py -->\n"
