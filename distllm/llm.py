@@ -122,8 +122,8 @@ class LLM:
         return self._engine.job.plan
 
     def stats(self) -> dict[str, object]:
-        """Per rank: span, bytes of weights, of KV and read of files, peak RSS and where the time went; in all: steps,
-        tokens, tokens/s."""
+        """Per rank: span, bytes of weights as planned and as held, of KV and read of files, peak RSS and where the time
+        went; in all: steps, tokens, tokens/s."""
         return self._engine.stats()
 
     def generate(

@@ -363,3 +363,41 @@ def test_without_times_nothing_changes() -> None:
 )
 def test_sizes_for_people(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def mixed() -> tuple[ModelSizes, tuple[Member, ...]]:
+    """Three ranks, of which the last two hold layers in half of the bytes and do half of the work."""
+    half = replace(model(12, head_work=1.0), layer_bytes=(5,) * 12, layer_work=(0.5,) * 12)
+    return replace(model(12, head_work=2.0), quantized=half), tuple(
+        replace(each, quantizes=each.rank > 0) for each in team(999, 999, 999)
+    )
+
+
+def test_ranks_that_quantize_get_more_layers() -> None:
+    sizes, members = mixed()
+    plan = partition(members, sizes, WISH)
+    assert [stage.span.layers for stage in plan.stages] == [3, 5, 4]
+    assert [stage.weight_bytes for stage in plan.stages] == [5 + 30, 25, 20 + 5]
+    assert sum(stage.work_share for stage in plan.stages) == pytest.approx(1)
+    exact = partition(tuple(replace(each, quantizes=False) for each in members), sizes, WISH)
+    assert sum(stage.weight_bytes for stage in exact.stages) == 5 + 120 + 5
+
+
+def test_ranks_that_quantize_hold_what_would_not_fit() -> None:
+    sizes, members = mixed()
+    small = tuple(replace(each, memory_bytes=60) for each in members)
+    assert partition(small, sizes, WISH).kv_tokens >= WISH.kv_tokens_needed
+    with pytest.raises(ValueError, match="does not fit"):
+        partition(tuple(replace(each, memory_bytes=48, quantizes=False) for each in members), sizes, WISH)
+
+
+def test_a_measured_head_tells_of_both_kinds() -> None:
+    sizes, members = mixed()
+    plan = partition(members, sizes, WISH)
+    took = [6.0 if stage.rank == 0 else 5.0 for stage in plan.stages]
+    after, ranks = measured(sizes, plan, members, layer_seconds=took, head_seconds=3.0)
+    assert after.quantized is not None
+    assert after.quantized.head_work / ranks[-1].speed == pytest.approx(3.0)
+    assert after.head_work == pytest.approx(2 * after.quantized.head_work)
+    layers = [after.on(m).work(replace(s.span, head=False)) / m.speed for m, s in zip(ranks, plan.stages, strict=True)]
+    assert layers == pytest.approx(took)

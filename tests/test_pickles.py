@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,54 @@ def test_a_file_cut_short(keep: float, tmp_path: Path) -> None:
     file = tmp_path / "model" / "pytorch_model.bin"
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
     assert f"{file}: cannot be read" in refusal(tmp_path / "model")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_bytes(legacy: bool, tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(8.0), "b": torch.ones(3)}
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "pytorch_model.bin"
+    torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
+    content, chance = file.read_bytes(), random.Random(0)
+    refused = read_whole = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 5)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            read(tmp_path / "model")
+        except ValueError as error:
+            refused += str(error).startswith(f"{file}: ")
+        else:
+            refused += 1
+            read_whole += 1
+    assert refused == 300
+    assert read_whole < 290
+
+
+def test_a_sparse_tensor(tmp_path: Path) -> None:
+    tensors = pickled(tmp_path / "model")
+    name = "model.embed_tokens.weight"
+    torch.save(tensors | {name: tensors[name].to_sparse()}, tmp_path / "model" / "pytorch_model.bin")
+    assert f"tensor {name} is sparse" in refusal(tmp_path / "model")
+
+
+def test_several_pickles_without_an_index(tmp_path: Path) -> None:
+    pickled(tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").rename(tmp_path / "model" / "consolidated.00.pth")
+    shutil.copy(tmp_path / "model" / "consolidated.00.pth", tmp_path / "model" / "consolidated.01.pth")
+    assert "has consolidated.00.pth, consolidated.01.pth and no index" in refusal(tmp_path / "model")
+
+
+def test_only_small_files_go_along_and_their_changes_count(tmp_path: Path) -> None:
+    pickled(tmp_path / "model")
+    (tmp_path / "model" / "tf_model.h5").write_bytes(b"the same weights once more")
+    first = read(tmp_path / "model")
+    assert not (first / "tf_model.h5").exists()
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert '"rms_norm_eps": 1e-05' in (read(tmp_path / "model") / "config.json").read_text()
 
 
 def test_a_pickle_of_something_else(tmp_path: Path) -> None:

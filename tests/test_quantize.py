@@ -18,8 +18,9 @@ from distllm.config import QuantizationConfig
 from distllm.core import ModelSizes, Plan, Row, SamplingParams, Span, Stage, Step
 from distllm.model import integers, linear, quantize
 from distllm.model.blueprint import Blueprint
+from distllm.model.bnb import BnbInt8
 from distllm.model.integers import Int4Linear, Int8Linear, to_int4, to_int8, unpacked
-from distllm.model.quantize import Recipe
+from distllm.model.quantize import Recipe, check_installed
 from distllm.model.runner import Runner
 
 CPU = torch.device("cpu")
@@ -192,11 +193,46 @@ def test_a_size_that_is_not_taken_falls_back_and_says_so_once(tmp_path: Path, ca
     assert said == ["int4 takes no weight of 64 x 72: such are held in int8"]
 
 
-def test_without_bitsandbytes_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"need bitsandbytes: pip install 'distllm\[bnb\]'$"):
-        Recipe.of(QuantizationConfig(method="bnb_nf4"))
-    Recipe.of(QuantizationConfig(method="int8"))
+        check_installed("bnb_nf4")
+    check_installed("int8")
+    known = blueprint(tiny_checkpoint(tmp_path))
+    assert quantized_sizes(known, QuantizationConfig(method="bnb_nf4", stages=[1])), "another rank may have it"
+    with pytest.raises(ValueError, match="need bitsandbytes"):
+        load(known, SPANS[-1], QuantizationConfig(method="bnb_nf4"))
+
+
+def test_a_row_of_bitsandbytes_does_not_see_an_outlier_of_another() -> None:
+    layer = BnbInt8().make(plain_layer(64, 64, torch.bfloat16))
+    input_TI = torch.randn(3, 64, dtype=torch.bfloat16)
+    alone_TO = layer(input_TI[1:])
+    input_TI[0, 7] = 50.0
+    assert torch.equal(layer(input_TI)[1:], alone_TO)
+
+
+@pytest.mark.parametrize("rows", [1, integers.MANY_ROWS_8])
+def test_numbers_of_float16_do_not_overflow(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "has_kernels", lambda _: True)  # as on a CPU that multiplies float16 itself
+    plain = nn.Linear(1024, 64, bias=False, dtype=torch.float16).requires_grad_(False)
+    plain.weight.fill_(0.01)
+    out_TO = Int8Linear(plain)(torch.ones(rows, 1024, dtype=torch.float16))
+    torch.testing.assert_close(out_TO, torch.full_like(out_TO, 10.24), rtol=1e-2, atol=0)
+
+
+def test_small_weights_are_rounded_no_worse() -> None:
+    plain = plain_layer(64, 64, torch.float32)
+    plain.weight.mul_(1e-7)
+    off = (restored8(plain) - plain.weight).norm() / plain.weight.norm()
+    assert off < 0.02
+
+
+def test_rows_that_lie_apart() -> None:
+    plain = plain_layer(64, 64, torch.float32)
+    apart_TI = torch.randn(5, 128)[:, :64]
+    for layer in (Int8Linear(plain), Int4Linear(plain, 32)):
+        torch.testing.assert_close(layer(apart_TI), layer(apart_TI.contiguous()))
 
 
 @pytest.mark.parametrize("method", METHODS)

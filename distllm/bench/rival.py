@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,12 +37,13 @@ SHOWN_LINES = 15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """What all engines of a benchmark have in common."""
+    """What all engines of a benchmark have in common; `sections` are distllm's other options, for its plain self."""
 
     folder: Path
     dtype: str
     ranks: int
     deadline_s: float
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Rival:
@@ -184,6 +185,7 @@ def _transformers_pp(match: Match) -> Rival:
 def _plain(match: Match) -> Rival:
     """distllm without quantization, on as many ranks."""
     command = [sys.executable, "-m", "distllm.bench.rivals.plain", f"--ranks={match.ranks}"]
+    command += [f"--sections={json.dumps(match.sections)}"]
     return _run(PLAIN_RIVAL, command, match)
 
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from distllm.bench.engines import Engine, Ours, Prompts
@@ -85,6 +85,7 @@ def _opened(config: Config, blueprint: Blueprint) -> Iterator[tuple[list[Engine]
         dtype=str(blueprint.dtype).removeprefix("torch."),
         ranks=options.ranks,
         deadline_s=options.deadline_s,
+        sections={"model": asdict(config.model), "plan": asdict(config.plan), "engine": asdict(config.engine)},
     )
     with ExitStack() as stack:
         logger.info("loading the model into %s", ", ".join([*options.rivals, OURS]))

@@ -80,7 +80,7 @@ class Engine:
             opened.callback(self.job.unload)
             pipeline = self.job.start()
             opened.callback(pipeline.free)
-            self._read_bytes = pipeline.read_bytes
+            self._mine = Status(read_bytes=pipeline.read_bytes, held_bytes=pipeline.held_bytes)
             self.master = Master(pipeline, _scheduler(self.job, pipeline.stages), options.engine.prompt_chunk)
             opened.callback(self.master.close)
             self._opened = opened.pop_all()
@@ -121,7 +121,7 @@ class Engine:
         totals = self.master.stats
         said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
-        heard[0] = Status(peak_bytes=host.peak_memory(), read_bytes=self._read_bytes)
+        heard[0] = replace(self._mine, peak_bytes=host.peak_memory())
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
             spent = totals.stages[place] if place < len(totals.stages) else None
@@ -132,6 +132,7 @@ class Engine:
                     "weight_bytes": stage.weight_bytes,
                     "kv_bytes": stage.kv_bytes,
                     "read_bytes": heard[stage.rank].read_bytes if stage.rank in heard else 0,
+                    "held_bytes": heard[stage.rank].held_bytes if stage.rank in heard else 0,
                     "peak_rss_bytes": heard[stage.rank].peak_bytes if stage.rank in heard else 0,
                     "wait_s": spent.wait if spent else 0.0,
                     "layers_s": spent.body if spent else 0.0,

@@ -24,6 +24,7 @@ from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
 from distllm.engine.stored import check_stored, stored_wish
 from distllm.model.blueprint import Blueprint
+from distllm.model.quantize import check_installed
 from distllm.net.wire import WireBroken
 from distllm.plan.partition import PlanWish, human_bytes, measured, partition, rebalanced
 from distllm.plan.report import why_idle
@@ -60,6 +61,8 @@ class Job:
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster
+        if options.quantization.on(0):
+            check_installed(options.quantization.method)
         self.members: Sequence[Member] = _members(cluster, options)
         self.sizes: ModelSizes = blueprint.sizes_with(options.quantization)
         self.wish = stored_wish(_wish(options, blueprint.sizes), blueprint, len(self.members))
@@ -150,8 +153,8 @@ class Job:
         orders = self._orders(plan)
         others = [stage.rank for stage in plan.stages[1:]]
         torch.set_num_threads(orders[0].threads)
-        read = sum(self.blueprint.sizes.weight_bytes(stage.span) for stage in plan.stages)
-        with LoadProgress(read) as progress:
+        totals = {stage.rank: self.blueprint.sizes.weight_bytes(stage.span) for stage in plan.stages}
+        with LoadProgress(totals) as progress:
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
             mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self.blueprint))

@@ -89,8 +89,8 @@ class Status:
 
     `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended) and
     `failure` why it could not be, `ring_broke` that this was no fault of the rank. `received` and `finished` are ids of
-    steps, BEFORE_STEPS at first; `read_bytes` is what its weights took of files; `still_s` is the time since the last
-    progress.
+    steps, BEFORE_STEPS at first; `read_bytes` is what its weights took of files and `held_bytes` what they take in
+    memory; `still_s` is the time since the last progress.
     """
 
     epoch: int = 0
@@ -100,6 +100,7 @@ class Status:
     ring_broke: bool = False
     loaded_bytes: int = 0
     read_bytes: int = 0
+    held_bytes: int = 0
     received: int = BEFORE_STEPS
     finished: int = BEFORE_STEPS
     still_s: float = 0.0

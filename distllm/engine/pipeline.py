@@ -53,6 +53,7 @@ class Pipeline:
         self.stages = len(self._ring)
         self.deadline_s = loaded.order.deadline_s
         self.read_bytes = loaded.runner.shard.read_bytes
+        self.held_bytes = loaded.runner.shard.nbytes
         self.pulse_s = min(PULSE_S, self.deadline_s / PULSES_PER_DEADLINE) if wire else None
 
     @property

@@ -14,7 +14,7 @@ from distllm.engine.orders import Status
 from distllm.plan.partition import human_bytes
 
 SHOW_AFTER_S = 1.0
-# Of more ranks only the slowest is shown, for it is the one that all wait for.
+# Of more ranks only the one is shown that has read the least share of its part, for all wait for it.
 SHOWN_RANKS = 4
 
 
@@ -22,13 +22,15 @@ class LoadProgress:
     """A bar for the bytes that all ranks have read, on a terminal only.
 
     Args:
-        total: bytes of the checkpoint that all ranks read together.
+        totals: bytes of the checkpoint that each rank reads.
     """
 
-    def __init__(self, total: int, out: TextIO | None = None, show_after_s: float = SHOW_AFTER_S) -> None:
-        self._total = total
+    def __init__(
+        self, totals: Mapping[int, int], out: TextIO | None = None, show_after_s: float = SHOW_AFTER_S
+    ) -> None:
+        self._totals = totals
         self._bar = tqdm(
-            total=total,
+            total=sum(totals.values()),
             unit="B",
             unit_scale=True,
             desc="loading",
@@ -40,41 +42,35 @@ class LoadProgress:
         )
         self._lock = threading.Lock()
         self._began = self._progressed = time.monotonic()
-        self._read: dict[int, tuple[int, float]] = {0: (0, 0.0)}
+        self._read = dict.fromkeys(totals, 0)
 
     def add_mine(self, nbytes: int) -> None:
         """Rank 0 has read so many more; none, if it is busy with what it has read."""
         with self._lock:
             self._progressed = time.monotonic()
-            self._note(0, self._read[0][0] + nbytes)
+            self._read[0] += nbytes
             self._show()
 
     def see(self, told: Mapping[int, Status]) -> None:
         """What the other ranks say."""
         with self._lock:
-            for rank, status in told.items():
-                self._note(rank, status.loaded_bytes)
+            self._read |= {rank: status.loaded_bytes for rank, status in told.items()}
             self._show()
 
-    def _note(self, rank: int, nbytes: int) -> None:
-        """Bytes of a rank, and the seconds until there were so many: the rate of one that is done stays."""
-        if nbytes != self._read.get(rank, (0, 0.0))[0]:
-            self._read[rank] = nbytes, time.monotonic() - self._began
-
     def _show(self) -> None:
-        self._bar.n = min(sum(nbytes for nbytes, _ in self._read.values()), self._total)
+        self._bar.n = min(sum(self._read.values()), self._bar.total)
         self._bar.set_postfix_str(self._ranks(), refresh=False)
         self._bar.refresh()
 
     def _ranks(self) -> str:
-        """Each rank's bytes and rate."""
-        rates = {rank: nbytes / seconds for rank, (nbytes, seconds) in sorted(self._read.items()) if seconds}
-        told = [
-            f"rank {rank}: {human_bytes(self._read[rank][0])}, {human_bytes(int(r))}/s" for rank, r in rates.items()
-        ]
-        if len(told) <= SHOWN_RANKS:
-            return "; ".join(told)
-        return f"slowest {told[list(rates).index(min(rates, key=lambda rank: rates[rank]))]}"
+        """Bytes of each rank, and its rate since the beginning."""
+        if len(self._read) <= SHOWN_RANKS:
+            return "; ".join(map(self._rank, sorted(self._read)))
+        return "last " + self._rank(min(self._read, key=lambda rank: self._read[rank] / max(1, self._totals[rank])))
+
+    def _rank(self, rank: int) -> str:
+        rate = self._read[rank] / max(1e-3, time.monotonic() - self._began)
+        return f"rank {rank}: {human_bytes(self._read[rank])}, {human_bytes(int(rate))}/s"
 
     @property
     def still_s(self) -> float:

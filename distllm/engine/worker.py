@@ -160,7 +160,8 @@ class Worker:
         del before
         host.give_back_memory()
         self._loaded = load(order, self.rank, self._snapshot.add_loaded, blueprint)
-        self._snapshot.note(read_bytes=self._loaded.runner.shard.read_bytes)
+        shard = self._loaded.runner.shard
+        self._snapshot.note(read_bytes=shard.read_bytes, held_bytes=shard.nbytes)
 
     def _serve_ring(self, order: JoinOrder) -> None:
         assert self._loaded is not None, "a rank loads before it joins"

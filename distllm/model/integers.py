@@ -56,7 +56,10 @@ class Int8Linear(nn.Module):
         return _finished(out_TO, self.bias, input_TI)
 
     def _of_rows(self, wide_TI: torch.Tensor, rows: slice) -> torch.Tensor:
-        return F.linear(wide_TI, self.integers[rows].to(wide_TI.dtype)) * self.scale[rows]
+        weight_OI = self.integers[rows].to(wide_TI.dtype)
+        if wide_TI.dtype == torch.float16:  # sums of products with whole numbers would be beyond its largest
+            return F.linear(wide_TI, weight_OI * self.scale[rows, None])
+        return F.linear(wide_TI, weight_OI) * self.scale[rows]
 
 
 class Int4Linear(nn.Module):
@@ -78,7 +81,7 @@ class Int4Linear(nn.Module):
             self.integers[rows] = torch._convert_weight_to_int4pack_for_cpu(integer_OI, 1)
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
-        flat_TI = input_TI.reshape(-1, input_TI.shape[-1])
+        flat_TI = input_TI.reshape(-1, input_TI.shape[-1]).contiguous()
         if flat_TI.shape[0] < MANY_ROWS_4 or not layout_is_known():
             out_TO = torch._weight_int4pack_mm_for_cpu(flat_TI, self.integers, self.group, self.scale_zero)
         else:
@@ -118,7 +121,8 @@ def to_int8(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide_OI = weight_OI.float()
     scale_O = (wide_OI.abs().amax(1) / 127).to(weight_OI.dtype)
-    return (wide_OI / scale_O[:, None].float().clamp(min=TINY)).round().clamp(-127, 127).to(torch.int8), scale_O
+    divisor_O1 = scale_O.where(scale_O > 0, 1)[:, None].float()
+    return (wide_OI / divisor_O1).round().clamp(-127, 127).to(torch.int8), scale_O
 
 
 def to_int4(weight_OI: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

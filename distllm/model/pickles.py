@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distllm.model.checkpoint import INDEX, SINGLE, first_line, read_json
+from distllm.model.hub import SMALL_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,16 @@ def pickles_of(folder: Path) -> list[Path]:
     if (folder / PICKLE_INDEX).exists():
         return _indexed(folder)
     whole = folder / "pytorch_model.bin"
-    return [whole] if whole.exists() else sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)[:1]
+    found = [whole] if whole.exists() else sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(found) > 1:
+        raise ValueError(f"{folder}: has {found[0].name}, {found[1].name} and no index of them; which is the model's?")
+    return found
+
+
+def small_files_of(folder: Path) -> list[Path]:
+    """Configuration, tokenizer and template, which go with the weights."""
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name != PICKLE_INDEX)
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -48,7 +58,7 @@ def _indexed(folder: Path) -> list[Path]:
 
 
 def convert(files: list[Path], target: Path) -> None:
-    """Writes the tensors of pickles, file by file, and what else their folder has, as a checkpoint of safetensors.
+    """Writes the tensors of pickles, a file at a time in memory, and the small files, as a checkpoint of safetensors.
 
     Args:
         target: an empty folder.
@@ -66,9 +76,8 @@ def convert(files: list[Path], target: Path) -> None:
         weight_map |= dict.fromkeys(tensors, name)
     if len(files) > 1:
         (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    for path in files[0].parent.iterdir():
-        if path.is_file() and path.suffix not in SUFFIXES and path.name != PICKLE_INDEX:
-            shutil.copy(path, target)
+    for path in small_files_of(files[0].parent):
+        shutil.copy(path, target)
 
 
 def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
@@ -78,10 +87,12 @@ def _tensors(path: Path) -> Mapping[str, torch.Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: holds more than tensors, which is never run: {first_line(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a broken file raises anything here
         raise ValueError(f"{path}: cannot be read: {first_line(error)}; is the file whole?") from error
     if not isinstance(found, dict) or not all(isinstance(each, torch.Tensor) for each in found.values()):
         raise ValueError(f"{path}: holds no dictionary of tensors; is it the checkpoint of a model?")
+    if sparse := [name for name, tensor in found.items() if tensor.layout != torch.strided]:
+        raise ValueError(f"{path}: tensor {sparse[0]} is sparse; weights must be dense")
     return {str(name): tensor for name, tensor in found.items()}
 
 

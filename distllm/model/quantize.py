@@ -46,8 +46,8 @@ class Int8(Scheme):
 
     name = "int8"
 
-    def takes(self, outputs: int, inputs: int) -> bool:
-        return outputs > 0 < inputs
+    def takes(self, outputs: int, inputs: int) -> bool:  # noqa: ARG002
+        return True
 
     def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
         return outputs * inputs + outputs * dtype.itemsize
@@ -82,18 +82,12 @@ class Recipe:
 
     @classmethod
     def of(cls, config: QuantizationConfig) -> Recipe:
-        """
-        Raises:
-            ValueError: the method's library is not installed.
-        """
         named: dict[str, Scheme] = {
             "int8": Int8(),
             "int4": Int4(config.group),
             "bnb_int8": bnb.BnbInt8(),
             "bnb_nf4": bnb.BnbNF4(),
         }
-        if config.method.startswith("bnb"):
-            bnb.library()
         return cls(named[config.method], named.get(config.head))
 
     def of_layer(self, layer: nn.Module) -> Iterator[Choice]:
@@ -105,6 +99,15 @@ class Recipe:
         head, scheme = model.get_output_embeddings(), self.head
         places = (place for place in plain_layers(model) if place[-1] is head)
         return (Choice(*place, _fitting(scheme, place[-1])) for place in places if scheme is not None)
+
+
+def check_installed(method: str) -> None:
+    """
+    Raises:
+        ValueError: the method needs a library that is not installed.
+    """
+    if method.startswith("bnb"):
+        bnb.library()
 
 
 @dataclass(frozen=True)

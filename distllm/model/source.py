@@ -64,7 +64,7 @@ def _readable(path: Path, allow_pickle: bool) -> Path:
     files = pickles.pickles_of(path) if allow_pickle else []
     if not files:
         return path
-    ready = cache_folder() / "pickles" / f"{path.resolve().name}-{_identity(*files)}"
+    ready = cache_folder() / "pickles" / f"{path.resolve().name}-{_identity(*files, *pickles.small_files_of(path))}"
     return _once(ready, f"the pickles of {path}", partial(pickles.convert, files))
 
 

@@ -220,11 +220,11 @@ class TensorMap:
         return [name for name, target in self.targets.items() if target.parameter in parameters]
 
     def parts(self, shard: Shard) -> list[tuple[int | str, list[str]]]:
-        """The same, of each part of the shard: its ends, and its layers in order."""
+        """The same, of each part of the shard: its layers in order, and its ends."""
         parts: dict[int | str, list[str]] = {}
         for name in self.owned(shard):
             parts.setdefault(self._part(self.targets[name].parameter), []).append(name)
-        return sorted(parts.items(), key=lambda item: (isinstance(item[0], int), item[0]))
+        return sorted(parts.items(), key=lambda item: (isinstance(item[0], str), item[0]))
 
 
 @torch.no_grad()  # or each weight's quantization would be kept for a backward pass

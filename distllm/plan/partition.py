@@ -25,7 +25,7 @@ Cuts = tuple[int, ...]
 EQUAL = 1e-9
 """Relative difference up to which two times (or degrees of fullness) count as equal: far above float noise."""
 
-FIXES = "add ranks or memory, give a lower engine.kv_tokens, or hold the numbers in a smaller model.dtype"
+FIXES = "add ranks or memory, give a lower engine.kv_tokens or a smaller model.dtype, or say quantization=int8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,10 +139,13 @@ def measured(
     speeds |= {rank: work * unit / took for rank, (work, took) in timed.items()}
     head_rank = next(stage.rank for stage in plan.stages if stage.span.head)
 
+    head_work = on[head_rank].head_work
+    head_took = head_seconds * speeds[head_rank]
+    head_unit = head_took / head_work if head_took > 0 and head_work > 0 else unit
+
     def in_seconds(kind: ModelSizes) -> ModelSizes:
-        timed_head = kind is on[head_rank] and head_seconds > 0
-        head_work = head_seconds * speeds[head_rank] if timed_head else kind.head_work * unit
-        return replace(kind, layer_work=tuple(work * unit for work in kind.layer_work), head_work=head_work)
+        layer_work = tuple(work * unit for work in kind.layer_work)
+        return replace(kind, layer_work=layer_work, head_work=kind.head_work * head_unit)
 
     new_sizes = replace(in_seconds(sizes), quantized=sizes.quantized and in_seconds(sizes.quantized))
     return new_sizes, tuple(replace(member, speed=speeds[member.rank]) for member in in_order(members))

@@ -6,10 +6,11 @@ Run as `python -m distllm.bench.rivals.plain`.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 
 from distllm.bench.rivals.pipe import Job, Pipe
-from distllm.config import ClusterConfig
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
 from distllm.core import SamplingParams
 from distllm.llm import LLM
 
@@ -27,9 +28,12 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--sections", type=json.loads, required=True, help="options of model, plan and engine")
     given = parser.parse_args()
+    model = ModelConfig(**given.sections.get("model", {}) | {"path": given.folder, "dtype": given.dtype})
+    plan, engine = PlanConfig(**given.sections.get("plan", {})), EngineConfig(**given.sections.get("engine", {}))
     pipe = Pipe(abrupt=False)  # the other ranks are ended first
-    with LLM(given.folder, dtype=given.dtype, cluster=ClusterConfig(workers=given.ranks, threads=1)) as llm:
+    with LLM(model, cluster=ClusterConfig(workers=given.ranks, threads=1), plan=plan, engine=engine) as llm:
         pipe.say(ready=True)
         for job in pipe.jobs():
             pipe.say(**answer(llm, job))
