@@ -27,8 +27,10 @@ from safetensors.torch import save_file
 from distllm.model import attention, families
 from distllm.model.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[(7 * n + 3) % 256 for n in range(length)] for length in (40, 5, 17)]
-TOKENS = 8
+TOKENS = 12
 RANKS = 3
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 MARK = "<!-- written by tests/ring/test_architectures.py -->\n"
