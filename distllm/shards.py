@@ -63,7 +63,7 @@ def shard_model(
     check_target(output)
     blueprint = _whole(model if isinstance(model, ModelConfig) else ModelConfig(path=str(model)))
     plots = carve.plots(blueprint, _cut(blueprint.sizes, stages, by, layers))
-    small = carve.small_files(blueprint.checkpoint.path)
+    small = carve.taken_along(blueprint.checkpoint.path)
     needed = sum(plot.nbytes for plot in plots) + sum(path.stat().st_size for path in small)
     count = _counted(progress, sum(info.nbytes for plot in plots for info in plot.tensors.values()))
     with whole_folder(output, needed) as folder:

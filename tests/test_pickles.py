@@ -127,7 +127,7 @@ def test_damaged_bytes(legacy: bool, tmp_path: Path) -> None:
     file = tmp_path / "model" / "pytorch_model.bin"
     torch.save(tensors, file, _use_new_zipfile_serialization=not legacy)
     content, chance = file.read_bytes(), random.Random(0)
-    refused = read_whole = 0
+    refused = read_whole = 0  # a flipped bit of a number is no fault that can be seen
     for _ in range(300):
         damaged = bytearray(content)
         for _ in range(chance.randint(1, 5)):
@@ -138,10 +138,9 @@ def test_damaged_bytes(legacy: bool, tmp_path: Path) -> None:
         except ValueError as error:
             refused += str(error).startswith(f"{file}: ")
         else:
-            refused += 1
             read_whole += 1
-    assert refused == 300
-    assert read_whole < 290
+    assert refused + read_whole == 300
+    assert refused > 10
 
 
 def test_a_sparse_tensor(tmp_path: Path) -> None:

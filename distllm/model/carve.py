@@ -20,8 +20,7 @@ from distllm.core import Span
 from distllm.model import manifest, raw
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import INDEX, SINGLE
-from distllm.model.files import Headers
-from distllm.model.hub import SMALL_FILES
+from distllm.model.files import Headers, small_files
 from distllm.model.manifest import FIRST_BYTES, MANIFEST, Manifest, SmallFile, StoredFile, StoredTensor
 from distllm.model.shard import Shard
 
@@ -56,10 +55,9 @@ def plots(blueprint: Blueprint, spans: Sequence[Span]) -> list[Plot]:
     return [*found, Plot("no-stage.safetensors", None, left)] if left else found
 
 
-def small_files(folder: Path) -> list[Path]:
-    """What a host needs besides weights: configuration, tokenizer and chat template."""
-    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name not in (INDEX, MANIFEST))
+def taken_along(folder: Path) -> list[Path]:
+    """The small files, but for the manifest of shards that are cut anew."""
+    return [path for path in small_files(folder) if path.name != MANIFEST]
 
 
 def carve(blueprint: Blueprint, files: Sequence[Plot], target: Path, progress: Progress) -> Manifest:
@@ -74,7 +72,7 @@ def carve(blueprint: Blueprint, files: Sequence[Plot], target: Path, progress: P
     with ExitStack() as opened:
         reader = Source(source, opened)
         written = tuple(_write(target, plot, reader, progress) for plot in files)
-    copied = {path.name: _copy(path, target / path.name) for path in small_files(source)}
+    copied = {path.name: _copy(path, target / path.name) for path in taken_along(source)}
     made = Manifest(blueprint.config.model_type, written, copied)
     _write_index(target, made.tensors)
     marks = {"format": manifest.FORMAT, "version": manifest.VERSION}

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+
 Headers = dict[str, "TensorInfo"]
 
 
@@ -70,6 +72,12 @@ class LocalFiles:
         Args:
             alive: called while it goes on.
         """
+
+
+def small_files(folder: Path) -> list[Path]:
+    """What a host needs besides weights and their index: configuration, tokenizer and chat template."""
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.endswith(".index.json"))
 
 
 def read_header(path: Path) -> Headers:

@@ -17,12 +17,11 @@ from typing import Any
 
 from tqdm.asyncio import tqdm
 
-from distllm.model.files import Headers, LocalFiles, TensorInfo, check_infos
+from distllm.model.files import SMALL_FILES, Headers, LocalFiles, TensorInfo, check_infos
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 HEADERS = "distllm-headers"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distllm.model.checkpoint import INDEX, SINGLE, first_line, read_json
-from distllm.model.hub import SMALL_FILES
+from distllm.model.files import small_files
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +37,6 @@ def pickles_of(folder: Path) -> list[Path]:
     if len(found) > 1:
         raise ValueError(f"{folder}: has {found[0].name}, {found[1].name} and no index of them; which is the model's?")
     return found
-
-
-def small_files_of(folder: Path) -> list[Path]:
-    """Configuration, tokenizer and template, which go with the weights."""
-    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.name != PICKLE_INDEX)
 
 
 def _indexed(folder: Path) -> list[Path]:
@@ -76,7 +70,7 @@ def convert(files: list[Path], target: Path) -> None:
         weight_map |= dict.fromkeys(tensors, name)
     if len(files) > 1:
         (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    for path in small_files_of(files[0].parent):
+    for path in small_files(files[0].parent):
         shutil.copy(path, target)
 
 

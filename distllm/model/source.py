@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from distllm.config import ModelConfig
 from distllm.model import hub, pickles
 from distllm.model.checkpoint import first_line
-from distllm.model.files import LocalFiles
+from distllm.model.files import LocalFiles, small_files
 from distllm.model.hub import HubFiles
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _readable(path: Path, allow_pickle: bool) -> Path:
     files = pickles.pickles_of(path) if allow_pickle else []
     if not files:
         return path
-    ready = cache_folder() / "pickles" / f"{path.resolve().name}-{_identity(*files, *pickles.small_files_of(path))}"
+    ready = cache_folder() / "pickles" / f"{path.resolve().name}-{_identity(*files, *small_files(path))}"
     return _once(ready, f"the pickles of {path}", partial(pickles.convert, files))
 
 
