@@ -22,6 +22,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
     "quantization.head": ("none", "int8", "int4"),
+    "weights.source": ("own", "push"),
     "plan.strategy": ("balanced", "even", "manual"),
     "shard.by": ("bytes", "layers"),
     "bench.rivals": (WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL),
@@ -108,6 +109,19 @@ class QuantizationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WeightsConfig:
+    """How a rank comes by its weights."""
+
+    source: str = key("own", "own (each rank has the files, or downloads its own) or push (rank 0 sends them)")
+    stages: list[int] | None = key(None, "ranks that rank 0 sends theirs to, such as [2]; by default all others")
+    streams: int = key(4, "connections at once of each rank that is sent its weights")
+
+    def pushed(self, rank: int) -> bool:
+        """Whether a rank gets its weights from rank 0."""
+        return self.source == "push" and rank != 0 and (self.stages is None or rank in self.stages)
+
+
+@dataclass(kw_only=True, slots=True)
 class PlanConfig:
     """Who holds what."""
 
@@ -169,6 +183,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
@@ -176,7 +191,15 @@ class Config:
 
 
 Section = (
-    Config | ModelConfig | ClusterConfig | QuantizationConfig | PlanConfig | EngineConfig | ShardConfig | BenchConfig
+    Config
+    | ModelConfig
+    | ClusterConfig
+    | QuantizationConfig
+    | WeightsConfig
+    | PlanConfig
+    | EngineConfig
+    | ShardConfig
+    | BenchConfig
 )
 
 

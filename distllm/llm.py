@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, WeightsConfig
 from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
@@ -78,6 +78,8 @@ class LLM:
         workers: ranks to start on this host, this process included; 0 takes torchrun's, or this process alone.
         dtype: of weights and KV: auto, float32, bfloat16 or float16.
         quantization: weights in fewer bits: none, int8, int4, bnb_int8, bnb_nf4, or the section with its options.
+        weights: how the other ranks come by theirs: own (they have the files) or push (this rank sends them), or the
+            section with its options.
         cluster, plan, engine: further options, as in the sections of the command line's configuration.
 
     Raises:
@@ -92,6 +94,7 @@ class LLM:
         workers: int | None = None,
         dtype: str | None = None,
         quantization: str | QuantizationConfig | None = None,
+        weights: str | WeightsConfig | None = None,
         cluster: ClusterConfig | None = None,
         plan: PlanConfig | None = None,
         engine: EngineConfig | None = None,
@@ -104,6 +107,7 @@ class LLM:
             model=wanted if dtype is None else replace(wanted, dtype=dtype),
             cluster=cluster if workers is None else replace(cluster, workers=workers),
             quantization=_quantization(quantization),
+            weights=_weights(weights),
             plan=plan or PlanConfig(),
             engine=engine or EngineConfig(),
         )
@@ -289,6 +293,10 @@ def _wanted(model: str | Path | ModelConfig | Reader) -> ModelConfig:
 
 def _quantization(given: str | QuantizationConfig | None) -> QuantizationConfig:
     return given if isinstance(given, QuantizationConfig) else QuantizationConfig(method=given or "none")
+
+
+def _weights(given: str | WeightsConfig | None) -> WeightsConfig:
+    return given if isinstance(given, WeightsConfig) else WeightsConfig(source=given or "own")
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

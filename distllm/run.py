@@ -194,7 +194,14 @@ def _generate(config: Config) -> int:
 def _opened(config: Config, reader: Reader) -> LLM:
     from distllm.llm import LLM
 
-    return LLM(reader, cluster=config.cluster, quantization=config.quantization, plan=config.plan, engine=config.engine)
+    return LLM(
+        reader,
+        cluster=config.cluster,
+        quantization=config.quantization,
+        weights=config.weights,
+        plan=config.plan,
+        engine=config.engine,
+    )
 
 
 def _plan(config: Config) -> int:
@@ -209,6 +216,7 @@ def _plan(config: Config) -> int:
         model=config.model,
         cluster=config.cluster,
         quantization=config.quantization,
+        weights=config.weights,
         plan=config.plan,
         engine=config.engine,
     )

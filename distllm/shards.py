@@ -143,10 +143,7 @@ def _whole(model: ModelConfig) -> Blueprint:
     from distllm.engine.reader import open_blueprint
 
     blueprint = open_blueprint(replace(model, verify=True))
-    checkpoint = blueprint.checkpoint
-    names = {info.file for info in checkpoint.tensors.values()}
-    checkpoint.files.fetch(names, alive=lambda: None)
-    checkpoint.check(names)
+    blueprint.checkpoint.fetch({info.file for info in blueprint.checkpoint.tensors.values()})
     return blueprint
 
 

@@ -19,6 +19,7 @@ from distllm.config import (
     PlanConfig,
     QuantizationConfig,
     Section,
+    WeightsConfig,
     kind,
     one_of,
 )
@@ -51,6 +52,8 @@ RULES: dict[str, Rule] = {
     "cluster.deadline_s": _within(1, DAY_S, " seconds"),
     "quantization.group": (lambda numbers: numbers in (32, 64, 128, 256), "32, 64, 128 or 256"),
     "quantization.stages": (lambda ranks: all(rank >= 0 for rank in ranks), "numbers of ranks, from 0"),
+    "weights.stages": (lambda ranks: all(rank >= 1 for rank in ranks), "numbers of ranks, from 1"),
+    "weights.streams": _within(1, 64),
     "plan.layers": (lambda counts: all(count >= 0 for count in counts), "numbers of 0 or more"),
     "plan.memory_fraction": _positive(1),
     "plan.min_gain": _within(0, 1, ", a share of a step's time"),
@@ -87,6 +90,7 @@ def validate(config: Config) -> None:
         model=config.model,
         cluster=config.cluster,
         quantization=config.quantization,
+        weights=config.weights,
         plan=config.plan,
         engine=config.engine,
     )
@@ -103,6 +107,7 @@ def validate_engine(
     model: ModelConfig,
     cluster: ClusterConfig,
     quantization: QuantizationConfig,
+    weights: WeightsConfig,
     plan: PlanConfig,
     engine: EngineConfig,
 ) -> None:
@@ -112,11 +117,14 @@ def validate_engine(
         ValueError: names the key, the value and the fix.
     """
     sections: dict[str, Section]
-    sections = {"model": model, "cluster": cluster, "quantization": quantization, "plan": plan, "engine": engine}
+    sections = {"model": model, "cluster": cluster, "quantization": quantization, "weights": weights}
+    sections |= {"plan": plan, "engine": engine}
     for name, section in sections.items():
         _check_values(f"{name}.", section)
     if quantization.method == "none" and quantization.stages is not None:
         raise ValueError("quantization.stages is given without a method: add quantization=int8 or another")
+    if weights.source == "own" and weights.stages is not None:
+        raise ValueError("weights.stages names ranks that rank 0 sends their weights to: add weights=push")
     if (plan.strategy == "manual") != (plan.layers is not None):
         raise ValueError("plan.strategy=manual and plan.layers=[...] go together: give both or neither")
     if engine.kv_tokens is not None and engine.kv_tokens < engine.block_tokens:

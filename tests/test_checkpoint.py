@@ -121,16 +121,16 @@ def test_headers_of_another_copy_are_held_against_the_files(shards: Path) -> Non
         (shards / other).unlink()
     copy = Checkpoint(shards, told)
     assert copy.tensors == told
-    copy.check([first])
+    copy.fetch([first])
     with pytest.raises(ValueError, match=f"{others[0]}: no such file, but this rank's weights are in it"):
-        copy.check([first, others[0]])
+        copy.fetch([first, others[0]])
     name = next(name for name, info in told.items() if info.file == first)
     changed = Checkpoint(shards, {**told, name: replace(told[name], shape=(3, 3))})
     with pytest.raises(ValueError, match=f"{first}: tensor {name} is not as rank 0 has found it; copy the file again"):
-        changed.check([first])
+        changed.fetch([first])
     (shards / first).write_bytes((shards / first).read_bytes()[:-4])
     with pytest.raises(ValueError, match=f"{first}: is not a whole safetensors file"):
-        copy.check([first])
+        copy.fetch([first])
 
 
 def test_other_shapes_types_or_files_have_another_fingerprint(single: Path, sharded: Path, folder: Path) -> None:

@@ -29,8 +29,7 @@ from distllm.model.checkpoint import Checkpoint
 try:
     checkpoint = Checkpoint(source.files(ModelConfig(path=sys.argv[1], revision=sys.argv[2] or None)))
     alive = []
-    checkpoint.files.fetch(sys.argv[3:], alive=lambda: alive.append(1))
-    checkpoint.check(sys.argv[3:])
+    checkpoint.fetch(sys.argv[3:], alive=lambda: alive.append(1))
     tensors = {name: [info.file, info.shape, info.dtype] for name, info in checkpoint.tensors.items()}
     print(json.dumps({"tensors": tensors, "commit": checkpoint.files.commit, "alive": len(alive)}))
 except ValueError as error:

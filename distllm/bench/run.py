@@ -98,6 +98,7 @@ def _opened(config: Config, blueprint: Blueprint) -> Iterator[tuple[list[Engine]
                 config.model,
                 cluster=cluster,
                 quantization=config.quantization,
+                weights=config.weights,
                 plan=config.plan,
                 engine=config.engine,
             )

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, WeightsConfig
 from distllm.core import EngineError, Member, ModelSizes, Plan
 from distllm.engine import host
 from distllm.engine.calibrate import time_stages
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Loaded, load
-from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
+from distllm.engine.sending import sending
 from distllm.engine.stored import check_stored, stored_wish
 from distllm.model.blueprint import Blueprint
 from distllm.model.quantize import check_installed
@@ -43,6 +44,7 @@ class Options:
     model: ModelConfig = field(default_factory=ModelConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
@@ -150,11 +152,11 @@ class Job:
 
     def _form(self, plan: Plan) -> Pipeline:
         """One epoch: every member of the plan loads, then all join one ring."""
-        orders = self._orders(plan)
         others = [stage.rank for stage in plan.stages[1:]]
-        torch.set_num_threads(orders[0].threads)
         totals = {stage.rank: self.blueprint.sizes.weight_bytes(stage.span) for stage in plan.stages}
-        with LoadProgress(totals) as progress:
+        with self._sending(plan) as pushes, LoadProgress(totals) as progress:
+            orders = self._orders(plan, pushes)
+            torch.set_num_threads(orders[0].threads)
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
             mine = in_thread(partial(load, orders[0], 0, progress.add_mine, self.blueprint))
@@ -197,7 +199,12 @@ class Job:
         except WireBroken as broken:
             raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
 
-    def _orders(self, plan: Plan) -> dict[int, LoadOrder]:
+    def _sending(self, plan: Plan) -> AbstractContextManager[Mapping[int, Push]]:
+        if self._cluster is None:
+            return nullcontext({})
+        return sending(self.options.weights, self.blueprint, plan, self._cluster.node.interface)
+
+    def _orders(self, plan: Plan, pushes: Mapping[int, Push]) -> dict[int, LoadOrder]:
         self._epoch = self._cluster.new_epoch() if self._cluster else self._epoch + 1
         devices = {member.rank: member.device for member in self.members}
         order = LoadOrder(
@@ -210,12 +217,16 @@ class Job:
             anatomy=self.blueprint.anatomy,
             tensors=self.blueprint.checkpoint.tensors,
             manifest=self.blueprint.checkpoint.manifest,
+            push=None,
             devices=tuple(devices[stage.rank] for stage in plan.stages),
             threads=1,
             deadline_s=self.options.cluster.deadline_s,
         )
         threads = self.options.cluster.threads
-        return {member.rank: replace(order, threads=threads or member.cores) for member in self.members}
+        return {
+            member.rank: replace(order, threads=threads or member.cores, push=pushes.get(member.rank))
+            for member in self.members
+        }
 
     @property
     def _pinned_model(self) -> ModelConfig:
@@ -232,7 +243,7 @@ class Job:
 def _members(cluster: Cluster | None, options: Options) -> list[Member]:
     """
     Raises:
-        ValueError: a rank is to quantize that is not there.
+        ValueError: a rank is to quantize, or to be sent its weights, that is not there.
     """
     fraction, quantization = options.plan.memory_fraction, options.quantization
     if cluster is None:
@@ -240,9 +251,9 @@ def _members(cluster: Cluster | None, options: Options) -> list[Member]:
         members = [replace(me, memory_bytes=int(me.memory_bytes * fraction))]
     else:
         members = cluster.shared_out(fraction)
-    beyond = [rank for rank in quantization.stages or () if rank >= len(members)]
-    if beyond:
-        raise ValueError(f"quantization.stages names rank {beyond[0]}: the job has ranks 0 to {len(members) - 1}")
+    for section, named in (("quantization", quantization.stages), ("weights", options.weights.stages)):
+        if beyond := [rank for rank in named or () if rank >= len(members)]:
+            raise ValueError(f"{section}.stages names rank {beyond[0]}: the job has ranks 0 to {len(members) - 1}")
     return [replace(member, quantizes=quantization.on(member.rank)) for member in members]
 
 

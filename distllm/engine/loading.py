@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -11,9 +13,14 @@ from distllm.engine.orders import LoadOrder
 from distllm.model import source
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
+from distllm.model.pushed import PushedCheckpoint
 from distllm.model.quantize import Recipe
 from distllm.model.runner import Runner
 from distllm.net import frame as frames
+from distllm.net.push import Receiver
+
+# How long a rank that is sent its weights tries to go on after a connection broke.
+PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +42,11 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint
         blueprint: of the order's model, if it was looked through before.
 
     Raises:
-        ValueError: the files are missing, broken, or not those of the master.
+        ValueError: the files are missing, broken, or not those of the master, or weights do not come from there.
     """
-    blueprint = blueprint or open_blueprint(order)
+    if blueprint is None:
+        with _checkpoint(order, alive=lambda: progress(0)) as checkpoint:
+            return load(order, rank, progress, _blueprint(order, checkpoint))
     engine = order.engine
     position = [stage.rank for stage in order.plan.stages].index(rank)
     runner = blueprint.load(
@@ -54,15 +63,27 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint
     return Loaded(order, blueprint, runner, position, frame_bytes(order, blueprint))
 
 
-def open_blueprint(order: LoadOrder) -> Blueprint:
+@contextmanager
+def _checkpoint(order: LoadOrder, alive: Callable[[], None]) -> Iterator[Checkpoint]:
+    """This host's files, or what comes from rank 0."""
+    if order.push is None:
+        yield Checkpoint(source.files(order.model), order.tensors, manifest=order.manifest, verify=order.model.verify)
+        return
+    with Receiver(order.push.offer, streams=order.push.streams, patience_s=PATIENCE_S) as receiver:
+        yield PushedCheckpoint(order.push.told, order.tensors, order.manifest, partial(receiver.fetch, alive=alive))
+
+
+def _blueprint(order: LoadOrder, checkpoint: Checkpoint) -> Blueprint:
     """
     Raises:
         ValueError: this host's files are missing, broken, or not those of the master.
     """
     model = order.model
-    checkpoint = Checkpoint(source.files(model), order.tensors, manifest=order.manifest, verify=model.verify)
+    config = checkpoint.path / "config.json"
+    if order.push is None and not config.exists():
+        raise ValueError(f"{config}: no such file; copy the model to this host, or let rank 0 send it: weights=push")
     if checkpoint.fingerprint != order.fingerprint:
-        raise ValueError(f"{checkpoint.path / 'config.json'}: is not that of the master's model; copy it again")
+        raise ValueError(f"{config}: is not that of the master's model; copy it again")
     return Blueprint(checkpoint, dtype=model.dtype, context_length=model.context_length, anatomy=order.anatomy)
 
 

@@ -10,7 +10,9 @@ from distllm.core import Member, Plan
 from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
 from distllm.model.manifest import Manifest
+from distllm.model.pushed import Told
 from distllm.net.control import AgentId
+from distllm.net.push import Offer
 
 # Below the id of any step; steps that only time the stages have ids below 0 too.
 BEFORE_STEPS = -(2**31)
@@ -36,13 +38,22 @@ class Registration:
     identity: AgentId
 
 
+@dataclass(frozen=True, slots=True)
+class Push:
+    """What a rank that has no files of the model needs besides: where to fetch weights, over how many connections."""
+
+    told: Told
+    offer: Offer
+    streams: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOrder:
     """Hold what this plan gives you. What the master knows of its copy of the model comes along, so that a rank looks
     into no file but its own: `fingerprint`, `anatomy`, `tensors`, the headers of all files, and of shards on disk the
     `manifest`.
 
-    `devices` are those of the plan's stages, in ring order.
+    `push` is for a rank that rank 0 sends its weights to. `devices` are those of the plan's stages, in ring order.
     """
 
     epoch: int
@@ -54,6 +65,7 @@ class LoadOrder:
     anatomy: Anatomy
     tensors: Mapping[str, TensorInfo]
     manifest: Manifest | None
+    push: Push | None
     devices: tuple[str, ...]
     threads: int
     deadline_s: float

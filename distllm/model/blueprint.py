@@ -79,6 +79,11 @@ class Blueprint:
         recipe = Recipe.of(quantization)
         return replace(self.sizes, quantized=self.tensors.sizes(self.dtype, self.sizes.context_length, recipe))
 
+    def files_of(self, plan: Plan, rank: int) -> set[str]:
+        """Names of the files that hold a rank's weights."""
+        stage = plan.stage_of(rank)
+        return set() if stage is None else self.tensors.files(Shard(self.config, self.anatomy, stage.span, self.dtype))
+
     @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from distllm.model import manifest as manifests
 from distllm.model.files import Headers, LocalFiles, TensorInfo
@@ -81,19 +84,19 @@ class Checkpoint:
         text = self._text_config
         self._check_layers(text)
         if self.is_part:
-            text.tie_word_embeddings = self._whole_config.tie_word_embeddings  # the head is the larger model's
+            text.tie_word_embeddings = self.whole_config.tie_word_embeddings  # the head is the larger model's
         return _alone(text)
 
     @property
     def is_part(self) -> bool:
         """Whether the model is the text part of a larger one, whose other tensors are left alone."""
-        return self._text_config is not self._whole_config
+        return self._text_config is not self.whole_config
 
     @cached_property
     def _text_config(self) -> PretrainedConfig:
         from transformers import PretrainedConfig
 
-        whole = self._whole_config
+        whole = self.whole_config
         text = whole.get_text_config(decoder=True) if hasattr(whole, "get_text_config") else whole
         if not isinstance(text, PretrainedConfig):
             path = self.path / "config.json"
@@ -101,7 +104,8 @@ class Checkpoint:
         return text
 
     @cached_property
-    def _whole_config(self) -> PretrainedConfig:
+    def whole_config(self) -> PretrainedConfig:
+        """As config.json says, of all parts of the model."""
         from transformers import AutoConfig
 
         path = self.path / "config.json"
@@ -154,19 +158,23 @@ class Checkpoint:
             )
         return declared
 
-    def check(self, names: Iterable[str], alive: Callable[[], None] = lambda: None) -> None:
-        """Holds files that came later, or are another copy's, against the headers and the manifest that are known.
+    def fetch(self, names: Iterable[str], alive: Callable[[], None] = lambda: None) -> None:
+        """Makes sure that files are here, and as the headers and the manifest that are known say.
 
         Args:
             alive: called while it goes on.
 
         Raises:
-            ValueError: a file is missing, cut short, or another one; names it and the tensor.
+            ValueError: a file cannot be had, is cut short, or another one; names it and the tensor.
         """
         wanted = sorted(set(names))
+        self.files.fetch(wanted, alive)
         for name in wanted:
             if not (self.path / name).exists():
-                raise ValueError(f"{self.path / name}: no such file, but this rank's weights are in it; copy it here")
+                raise ValueError(
+                    f"{self.path / name}: no such file, but this rank's weights are in it; copy it here, or "
+                    "let rank 0 send its tensors: weights=push"
+                )
         if self.manifest is not None:
             self.manifest.check(self.path, wanted, verify=self._verify, alive=alive)
         held = {name: self.files.header(name) for name in wanted}
@@ -175,6 +183,13 @@ class Checkpoint:
                 if not info.is_like(held[name].get(tensor)):
                     path = self.path / name
                     raise ValueError(f"{path}: tensor {tensor} is not as rank 0 has found it; copy the file again")
+
+    @contextmanager
+    def open(self, places: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """Tensors of these names, each in its file: whatever gives them, or a part of them, when it is indexed."""
+        with ExitStack() as opened:
+            files = {file: opened.enter_context(safe_open(self.path / file, "pt")) for file in set(places.values())}
+            yield {name: files[file].get_slice(name) for name, file in places.items()}
 
     @property
     def fingerprint(self) -> str:

@@ -11,12 +11,10 @@ import math
 import re
 import threading
 from collections.abc import Callable, Container, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from distllm.core import ModelSizes
@@ -244,17 +242,16 @@ def load(
     Raises:
         ValueError: a file is missing, cut short, or not as its header was when the model was looked through.
     """
-    folder = tensors.checkpoint.path
+    checkpoint = tensors.checkpoint
     places = tensors.places(shard)
-    names = sorted(set(places.values()))
-    tensors.checkpoint.files.fetch(names, alive=lambda: progress(0))
-    tensors.checkpoint.check(names, alive=lambda: progress(0))
+    checkpoint.fetch(set(places.values()), alive=lambda: progress(0))
     tally = Tally(progress)
     layers = shard.base.get_submodule(tensors.anatomy.layers)
     fill = _filler(shard, device)
     for part, owned in tensors.parts(shard):
-        with ExitStack() as opened:  # for each part anew: what was cast from a mapped file would stay in memory
-            fill(_slices(tensors, {name: places[name] for name in owned}, shard.dtype, opened, tally))
+        # For each part anew: what was cast from a mapped file would stay in memory.
+        with checkpoint.open({name: places[name] for name in owned}) as slices:
+            fill(_lazy(slices, tensors, places, shard.dtype, tally))
         if isinstance(part, int):
             finish(layers[part])
     tally.warn()
@@ -264,23 +261,21 @@ def load(
     shard.model.requires_grad_(False)
     empty = [name for name, parameter in shard.model.named_parameters() if parameter.is_meta]
     if empty:
-        raise ValueError(f"{folder}: nothing fills {empty[0]}")
+        raise ValueError(f"{checkpoint.path}: nothing fills {empty[0]}")
     _buffers_to(shard.model, device)
 
 
-def _slices(
-    tensors: TensorMap, places: Mapping[str, str], dtype: torch.dtype, opened: ExitStack, tally: Tally
+def _lazy(
+    slices: Mapping[str, Any], tensors: TensorMap, places: Mapping[str, str], dtype: torch.dtype, tally: Tally
 ) -> dict[str, LazyTensor]:
-    """What transformers' loader takes for the tensors of these names, each in its file, by their names in the model."""
-    folder = tensors.checkpoint.path
-    files = {file: opened.enter_context(safe_open(folder / file, "pt")) for file in set(places.values())}
-    slices = {}
-    for name, file in places.items():
+    """What transformers' loader takes for tensors, by their names in the model."""
+    lazy = {}
+    for name, each in slices.items():
         info = tensors.checkpoint.tensors[name]
         nbytes = math.prod(info.shape) * dtype.itemsize if _is_float(info) else info.nbytes
-        see = partial(tally.see, f"{folder / file}: tensor {name}", nbytes)
-        slices[tensors.targets[name].alias] = LazyTensor(files[file].get_slice(name), see)
-    return slices
+        see = partial(tally.see, f"{tensors.checkpoint.path / places[name]}: tensor {name}", nbytes)
+        lazy[tensors.targets[name].alias] = LazyTensor(each, see)
+    return lazy
 
 
 def _filler(shard: Shard, device: torch.device) -> Callable[[dict[str, LazyTensor]], None]:

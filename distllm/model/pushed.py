@@ -1,0 +1,103 @@
+"""A checkpoint that lies with rank 0, for a rank that has no files of it: tensors come when they are wanted.
+
+Knows no network: whoever makes one says how bytes come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distllm.model import raw
+from distllm.model.checkpoint import Checkpoint
+from distllm.model.files import LocalFiles, TensorInfo
+from distllm.model.manifest import Manifest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Fetch = Callable[[str, memoryview], None]
+"""Fills a buffer with the bytes of the tensor of this name."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Of rank 0's checkpoint: its folder, for messages, and the configuration of the whole model."""
+
+    path: Path
+    config: PretrainedConfig
+
+
+class PushedCheckpoint(Checkpoint):
+    """What rank 0 has told of its checkpoint.
+
+    Args:
+        tensors: what rank 0's headers say.
+        manifest: rank 0's, if its files are shards.
+        fetch: how to come by the bytes of a tensor; may be called by several threads at once.
+    """
+
+    def __init__(
+        self,
+        told: Told,
+        tensors: Mapping[str, TensorInfo],
+        manifest: Manifest | None,
+        fetch: Fetch,
+    ) -> None:
+        super().__init__(LocalFiles(told.path), tensors, manifest=manifest)
+        self.whole_config = told.config
+        self._fetch = fetch
+
+    def fetch(self, names: Iterable[str], alive: Callable[[], None] = lambda: None) -> None:
+        """Nothing to be done: rank 0 holds its files against what it knows of them."""
+
+    @contextmanager
+    def open(self, places: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        yield {name: PushedTensor(name, self.tensors[name], self._fetch) for name in places}
+
+
+class PushedTensor:
+    """Fetched as a whole when it is indexed, into memory of its own."""
+
+    def __init__(self, name: str, info: TensorInfo, fetch: Fetch) -> None:
+        self._name = name
+        self._info = info
+        self._fetch = fetch
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = torch.empty(self._info.shape, dtype=DTYPES[self._info.dtype])
+        if tensor.numel():
+            self._fetch(self._name, tensor.view(-1).view(torch.uint8).numpy().data)
+        part: torch.Tensor = tensor[index]
+        return part
+
+
+def extents(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[Path, int, int]]:
+    """For rank 0: path, first byte and bytes of each tensor that the files of these names hold."""
+    found = {}
+    for file in sorted(set(names)):
+        path = checkpoint.path / file
+        for name, start in raw.starts(path).items():
+            if name in checkpoint.tensors and file in checkpoint.tensors[name].files:
+                found[name] = (path, start, checkpoint.tensors[name].nbytes)
+    return found
