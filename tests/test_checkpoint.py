@@ -122,7 +122,7 @@ def test_headers_of_another_copy_are_held_against_the_files(shards: Path) -> Non
     copy = Checkpoint(shards, told)
     assert copy.tensors == told
     copy.fetch([first])
-    with pytest.raises(ValueError, match=f"{others[0]}: no such file, but this rank's weights are in it"):
+    with pytest.raises(ValueError, match=f"{others[0]}: no such file, but weights that are wanted lie in it"):
         copy.fetch([first, others[0]])
     name = next(name for name, info in told.items() if info.file == first)
     changed = Checkpoint(shards, {**told, name: replace(told[name], shape=(3, 3))})

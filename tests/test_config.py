@@ -201,7 +201,7 @@ def test_the_plan_section_stands_alone() -> None:
     ],
 )
 def test_the_library_is_told_of_a_wrong_type(sections: dict[str, Any], sentence: str) -> None:
-    names = ("model", "cluster", "quantization", "plan", "engine")
+    names = ("model", "cluster", "quantization", "weights", "plan", "engine")
     given = {name: sections.get(name, getattr(Config(), name)) for name in names}
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         validate_engine(**given)

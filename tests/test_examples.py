@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,8 +42,16 @@ def test_shards(smollm2: Path) -> None:
     assert "model.safetensors" in out.splitlines()[-1]
 
 
+def test_pushed(smollm2: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = run(*torchrun, str(EXAMPLES / "pushed.py"), str(smollm2))
+    assert done.stdout.splitlines()[0].startswith("'The capital of France is' -> ' Paris")
+    assert re.search(r"^rank 1: 1\d\d MB sent$", done.stdout, re.MULTILINE)
+
+
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "pushed.py",
         "quantized.py",
         "shards.py",
         "two_ranks.py",

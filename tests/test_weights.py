@@ -419,7 +419,7 @@ def test_whole_numbers_are_no_weights(kind: str, name: str, folder_of: Callable[
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        ("gone", "no such file, but this rank's weights are in it"),
+        ("gone", "no such file, but weights that are wanted lie in it"),
         ("cut", "is not a whole safetensors file"),
         ("replaced", "tensor lm_head.weight is not as rank 0 has found it"),
     ],

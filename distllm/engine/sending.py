@@ -36,6 +36,6 @@ def sending(
     checkpoint.fetch(files)
     extents = {name: Extent(*place) for name, place in pushed.extents(checkpoint, files).items()}
     with Sender(interface, extents) as sender:
-        logger.info("rank 0 sends %s their weights", ", ".join(f"rank {rank}" for rank in ranks))
+        logger.info("rank 0 sends their weights to ranks %s", ", ".join(map(str, ranks)))
         push = Push(Told(checkpoint.path, checkpoint.whole_config), sender.offer, weights.streams)
         yield dict.fromkeys(ranks, push)

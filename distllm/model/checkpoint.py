@@ -172,8 +172,8 @@ class Checkpoint:
         for name in wanted:
             if not (self.path / name).exists():
                 raise ValueError(
-                    f"{self.path / name}: no such file, but this rank's weights are in it; copy it here, or "
-                    "let rank 0 send its tensors: weights=push"
+                    f"{self.path / name}: no such file, but weights that are wanted lie in it; copy it here, or let a "
+                    "rank 0 that has it send them: weights=push"
                 )
         if self.manifest is not None:
             self.manifest.check(self.path, wanted, verify=self._verify, alive=alive)
