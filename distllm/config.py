@@ -25,6 +25,7 @@ CHOICES = {
     "weights.source": ("own", "push"),
     "plan.strategy": ("balanced", "even", "manual"),
     "shard.by": ("bytes", "layers"),
+    "bench.measure": ("tokens", "loading"),
     "bench.rivals": (WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL),
 }
 
@@ -157,6 +158,7 @@ class ShardConfig:
 class BenchConfig:
     """What task=bench measures."""
 
+    measure: str = key("tokens", "tokens (a second, beside rivals) or loading (from the page cache, on one rank)")
     ranks: int = key(2, "ranks of distllm, one thread each, and of its rivals")
     rivals: list[str] = key([WHOLE_RIVAL, SPLIT_RIVAL], "whom to compare with; distllm-plain quantizes nothing")
     requests: list[int] = key([1, 8, 32], "numbers of simultaneous requests")

@@ -24,7 +24,7 @@ from distllm.bench.figures import OURS, Batch, Comparison, Difference, StageSpen
 from distllm.bench.machine import Clock, cpu_model
 from distllm.bench.prompts import TEXT, make_prompts
 from distllm.bench.report import Setting, as_json, as_table, say
-from distllm.bench.rival import RIVALS, Match, Rival
+from distllm.bench.rival import RIVALS, Match, Rival, loader
 from distllm.bench.run import bench, check_room
 from distllm.config import BenchConfig, Config, ModelConfig
 from distllm.core import EngineError, Plan, Span, Stage
@@ -61,6 +61,31 @@ def test_a_run_compares_distllm_with_both_rivals_and_leaves_no_process(checkpoin
     for words in ("requests 1, round 1 of 1", "requests 3, round 1 of 1", "transformers-pp", "distllm does"):
         assert words in done.stderr
     assert marked(environ) == []
+
+
+def test_loading_is_measured_beside_cat_and_transformers(checkpoint: Path) -> None:
+    command, environ = bench_of(checkpoint, "bench.measure=loading", "bench.rounds=1", "model.dtype=bfloat16")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, env=environ, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes"] == sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert found["dtype"] == "bfloat16"
+    assert list(found["loaders"]) == ["cat", "distllm, in place", "distllm, packed", "transformers"]
+    for name, told in found["loaders"].items():
+        assert len(told["seconds"]) == 1
+        assert all(0 < seconds < RUN_TIMEOUT_S for seconds in told["seconds"])
+        assert name == "cat" or min(told["peak_bytes"]) > 0
+    for words in ("round 1 of 1: ", "of cat", "peak GB"):
+        assert words in done.stderr
+    assert marked(environ) == []
+
+
+def test_a_loader_that_fails_is_named(checkpoint: Path) -> None:
+    match = Match(folder=checkpoint / "none", dtype="float32", ranks=1, deadline_s=RUN_TIMEOUT_S)
+    with loader("distllm, packed", "packed", match) as process, pytest.raises(EngineError) as failed:
+        process.wait_ready()
+    assert str(failed.value).startswith("distllm, packed ended with code 1, after saying:")
+    assert "no such folder" in str(failed.value)
 
 
 def test_ctrl_c_ends_every_process(checkpoint: Path) -> None:

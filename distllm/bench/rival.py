@@ -78,13 +78,13 @@ class Rival:
             self._lines.put(line)
         self._lines.put(None)
 
-    def wait_ready(self) -> None:
-        """Waits until the rival has loaded its model.
+    def wait_ready(self) -> dict[str, Any]:
+        """Waits until the rival has loaded its model; returns what it says of that.
 
         Raises:
             EngineError: it ended, failed, or took too long.
         """
-        self._answer("load its model")
+        return self._answer("load its model")
 
     def run(self, prompts: Prompts, new_tokens: int) -> Batch:
         """Answers all prompts at once; the seconds are by the rival's own clock, without the way through the pipes.
@@ -187,6 +187,15 @@ def _plain(match: Match) -> Rival:
     command = [sys.executable, "-m", "distllm.bench.rivals.plain", f"--ranks={match.ranks}"]
     command += [f"--sections={json.dumps(match.sections)}"]
     return _run(PLAIN_RIVAL, command, match)
+
+
+def loader(name: str, how: str, match: Match) -> Rival:
+    """A process that loads the model once and tells what that took.
+
+    Args:
+        how: packed or in-place, by distllm, or transformers.
+    """
+    return _run(name, [sys.executable, "-m", "distllm.bench.rivals.load", f"--how={how}"], match)
 
 
 def _generate(name: str, launcher: Sequence[str], match: Match, options: Sequence[str]) -> Rival:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from distllm.bench.engines import Engine, Ours, Prompts
 from distllm.bench.figures import OURS, Batch, Comparison
+from distllm.bench.loading import bench_loading
 from distllm.bench.machine import Clock, cores, cpu_model
 from distllm.bench.prompts import make_prompts
 from distllm.bench.report import Setting, as_json, as_table
@@ -39,6 +40,8 @@ def bench(config: Config) -> int:
     """
     if launched() is not None:
         raise ValueError("task=bench starts its ranks itself: run it without torchrun")
+    if config.bench.measure == "loading":
+        return bench_loading(config)
     blueprint = open_blueprint(config.model)
     check_room(config.bench, blueprint.sizes.context_length)
     prompts = _prompts(config.bench, blueprint.checkpoint.path)

@@ -116,7 +116,7 @@ class Blueprint:
             return None
         shard = Shard(self.config, self.anatomy, stage.span, self.dtype)
         finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
-        weights.load(shard, self.tensors, device, finish.progress, finish.layer)
+        weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)
         shard.drop_table()
         finish.rest(shard.model)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)
@@ -128,6 +128,9 @@ class Finish:
     Args:
         dtype: of the weights; None where they are on no CPU.
         progress: told of all bytes when they are read, or of half if there is something to be done besides.
+
+    Attributes:
+        by_layer: whether that takes memory, so that layers should be finished one by one.
     """
 
     def __init__(
@@ -138,7 +141,8 @@ class Finish:
         self._recipe = recipe
         self._packs = halves and pack_weights and has_kernels
         self._widens = halves and not has_kernels
-        self.progress: Progress = (lambda nbytes: progress(nbytes // 2)) if self._packs or recipe else progress
+        self.by_layer = self._packs or recipe is not None
+        self.progress: Progress = (lambda nbytes: progress(nbytes // 2)) if self.by_layer else progress
 
     def layer(self, layer: nn.Module) -> None:
         """One layer, as soon as it is filled."""

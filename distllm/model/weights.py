@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ Progress = Callable[[int], None]
 # A step of few rows takes as long as reading the weights, and a layer besides as long as its many small operations:
 # about 0.3 ms on a CPU that reads 30 GB/s. Only a first guess: the times of the stages replace it.
 LAYER_OVERHEAD_BYTES = 8 * 10**6
+
+# What files call the types that models run in.
+HELD = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class LazyTensor:
@@ -217,6 +220,12 @@ class TensorMap:
         parameters = shard.model.state_dict()
         return [name for name, target in self.targets.items() if target.parameter in parameters]
 
+    def used_in_place(self, names: Collection[str], dtype: torch.dtype) -> bool:
+        """Whether tensors stay where they lie in mapped files: none is cast, joined with others or cut."""
+        infos = [self.checkpoint.tensors[name] for name in names]
+        same = all(info.dtype == HELD[dtype] or not _is_float(info) for info in infos)
+        return same and all(self.targets[name].pattern is None for name in names)
+
     def parts(self, shard: Shard) -> list[tuple[int | str, list[str]]]:
         """The same, of each part of the shard: its layers in order, and its ends."""
         parts: dict[int | str, list[str]] = {}
@@ -231,13 +240,14 @@ def load(
     tensors: TensorMap,
     device: torch.device,
     progress: Progress = lambda _: None,
-    finish: Callable[[nn.Module], None] = lambda _: None,
+    finish: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Fills a shard, layer by layer. On the CPU, tensors of the shard's own dtype stay mapped and are not copied.
+    """Fills a shard: layer by layer, so that memory is never needed for more than one besides what is kept; or all at
+    once, if nothing is to be done to it. On the CPU, tensors of the shard's own dtype stay mapped and are not copied.
 
     Args:
         progress: called with the bytes that each tensor takes in the shard as it is read, from any thread.
-        finish: called with each layer once it is filled, before the next one is read.
+        finish: what to do with each layer once it is filled, before the next one is read.
 
     Raises:
         ValueError: a file is missing, cut short, or not as its header was when the model was looked through.
@@ -248,11 +258,12 @@ def load(
     tally = Tally(progress)
     layers = shard.base.get_submodule(tensors.anatomy.layers)
     fill = _filler(shard, device)
-    for part, owned in tensors.parts(shard):
+    at_once = finish is None and tensors.used_in_place(places, shard.dtype)
+    for part, owned in [("all", list(places))] if at_once else tensors.parts(shard):
         # For each part anew: what was cast from a mapped file would stay in memory.
         with checkpoint.open({name: places[name] for name in owned}) as slices:
             fill(_lazy(slices, tensors, places, shard.dtype, tally))
-        if isinstance(part, int):
+        if isinstance(part, int) and finish is not None:
             finish(layers[part])
     tally.warn()
     shard.read_bytes = tally.read_bytes

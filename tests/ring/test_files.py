@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
+import psutil
 import pytest
 import torch
 from conftest import Job, agent_per_rank
@@ -124,6 +126,34 @@ def test_of_two_gigabytes_each_byte_is_read_once(two_gigabytes: Path, tmp_path: 
         job = start(ranks_with(of_hub(hub, tmp_path), f"model.path={hub.repository}", *command))
         assert job.wait(600) == [0] * RANKS, job.err.read_text()
         check_downloads(hub, two_gigabytes, tmp_path)
+
+
+def file_pages(pid: int, folder: Path) -> Counter[str]:
+    """What a process has of the files of a folder in memory, in kB by kind, as the kernel counts it."""
+    kinds: Counter[str] = Counter()
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if " " in name:  # the head of a mapping: its addresses, and its file at the end
+            inside = line.rpartition(" ")[2].startswith(f"{folder}/")
+        elif inside and value.endswith("kB"):
+            kinds[name] += int(value.split()[0])
+    return kinds
+
+
+def test_ranks_of_one_host_share_the_pages_of_a_tied_table(tmp_path: Path) -> None:
+    """The first looks tokens up in it and the last has it as its head: it is in memory once."""
+    folder = tiny_checkpoint(tmp_path / "model", "llama_tied", vocab_size=50_000, hidden_size=256)
+    table_kb = 50_000 * 256 * 4 // 1024
+    with LLM(folder, dtype="float32", cluster=ClusterConfig(workers=2, threads=1)) as llm:
+        assert [(stage.span.embed, stage.span.head) for stage in llm.plan.stages] == [(True, False), (False, True)]
+        llm.generate([PROMPT])
+        ranks = [os.getpid(), *(child.pid for child in psutil.Process().children())]
+        pages = [file_pages(pid, folder) for pid in ranks]
+    for each in pages:
+        assert each["Shared_Clean"] > 0.98 * table_kb, "a rank has no table, or one of its own"
+        assert each["Anonymous"] == 0, "a page was copied"
+        assert each["Pss"] < each["Rss"] - 0.45 * table_kb
 
 
 def test_a_download_that_breaks_off_goes_on(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
