@@ -151,7 +151,8 @@ def test_ranks_of_one_host_share_the_pages_of_a_tied_table(tmp_path: Path) -> No
         ranks = [os.getpid(), *(child.pid for child in psutil.Process().children())]
         pages = [file_pages(pid, folder) for pid in ranks]
     for each in pages:
-        assert each["Shared_Clean"] > 0.98 * table_kb, "a rank has no table, or one of its own"
+        shared = each["Shared_Clean"] + each["Shared_Dirty"]  # a new file may not be on the disk yet
+        assert shared > 0.98 * table_kb, "a rank has no table, or one of its own"
         assert each["Anonymous"] == 0, "a page was copied"
         assert each["Pss"] < each["Rss"] - 0.45 * table_kb
 
