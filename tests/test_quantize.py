@@ -19,8 +19,8 @@ from distllm.core import ModelSizes, Plan, Row, SamplingParams, Span, Stage, Ste
 from distllm.model import integers, linear, quantize
 from distllm.model.blueprint import Blueprint
 from distllm.model.bnb import BnbInt8
-from distllm.model.integers import Int4Linear, Int8Linear, to_int4, to_int8, unpacked
-from distllm.model.quantize import Recipe, check_installed
+from distllm.model.integers import to_int4, to_int8, unpacked
+from distllm.model.quantize import Int4, Int8, Recipe, check_installed
 from distllm.model.runner import Runner
 
 CPU = torch.device("cpu")
@@ -31,6 +31,14 @@ SPANS = (Span(0, 2, embed=True), Span(2, 5), Span(5, 5, head=True), Span(0, 5, e
 def plain_layer(outputs: int, inputs: int, dtype: torch.dtype, *, bias: bool = False) -> nn.Linear:
     torch.manual_seed(outputs + inputs)
     return nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
+
+
+def int8(plain: nn.Linear) -> nn.Module:
+    return Int8().make(plain)
+
+
+def int4(plain: nn.Linear, group: int) -> nn.Module:
+    return Int4(group).make(plain)
 
 
 def restored8(plain: nn.Linear) -> torch.Tensor:
@@ -89,8 +97,8 @@ def test_few_and_many_rows_agree(
     plain = plain_layer(outputs, inputs, dtype, bias=bias)
     input_TI = torch.randn(1, integers.MANY_ROWS_4, inputs, dtype=dtype)
     for layer, weight_OI in (
-        (Int8Linear(plain), restored8(plain)),
-        (Int4Linear(plain, 32), restored4(plain, 32)),
+        (int8(plain), restored8(plain)),
+        (int4(plain, 32), restored4(plain, 32)),
     ):
         exact_TO = input_TI.double() @ weight_OI.T + (plain.bias.double() if bias else 0)
         near = {"rtol": 3e-2, "atol": 3e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-4}
@@ -105,7 +113,7 @@ def test_inputs_that_the_8_bit_kernel_reads_past_never_reach_it(inputs: int) -> 
     plain = plain_layer(3, inputs, torch.bfloat16)
     input_TI = torch.randn(1, 1, inputs, dtype=torch.bfloat16)
     exact_TO = input_TI.double() @ restored8(plain).T
-    torch.testing.assert_close(Int8Linear(plain)(input_TI).double(), exact_TO, rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(int8(plain)(input_TI).double(), exact_TO, rtol=3e-2, atol=3e-2)
 
 
 def test_the_layout_of_4_bits_is_known_or_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,20 +123,20 @@ def test_the_layout_of_4_bits_is_known_or_left_to_the_kernel(monkeypatch: pytest
     assert integers.layout_is_known() == is_ours == (torch.backends.cpu.get_cpu_capability() == "AVX512")
     plain = plain_layer(64, 32, torch.float32)
     many_TI = torch.randn(integers.MANY_ROWS_4, 32)
-    known = Int4Linear(plain, 32)(many_TI)
+    known = int4(plain, 32)(many_TI)
     monkeypatch.setattr(integers, "layout_is_known", lambda: False)
-    torch.testing.assert_close(Int4Linear(plain, 32)(many_TI), known, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(int4(plain, 32)(many_TI), known, rtol=1e-4, atol=1e-4)
 
 
 def test_a_large_weight_is_quantized_by_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = plain_layer(320, 64, torch.bfloat16)
-    whole8, whole4 = Int8Linear(plain), Int4Linear(plain, 32)
+    whole8, whole4 = int8(plain), int4(plain, 32)
     monkeypatch.setattr(integers, "SLAB", 64 * 130)
     assert [rows.start for rows in integers.slabs(plain.weight)] == [0, 128, 256]
-    assert torch.equal(Int8Linear(plain).integers, whole8.integers)
-    assert torch.equal(Int8Linear(plain).scale, whole8.scale)
-    assert torch.equal(Int4Linear(plain, 32).integers, whole4.integers)
-    assert torch.equal(Int4Linear(plain, 32).scale_zero, whole4.scale_zero)
+    assert torch.equal(int8(plain).integers, whole8.integers)
+    assert torch.equal(int8(plain).scale, whole8.scale)
+    assert torch.equal(int4(plain, 32).integers, whole4.integers)
+    assert torch.equal(int4(plain, 32).scale_zero, whole4.scale_zero)
 
 
 def blueprint(folder: Path, dtype: str = "float32") -> Blueprint:
@@ -217,7 +225,7 @@ def test_numbers_of_float16_do_not_overflow(rows: int, monkeypatch: pytest.Monke
     monkeypatch.setattr(linear, "has_kernels", lambda _: True)  # as on a CPU that multiplies float16 itself
     plain = nn.Linear(1024, 64, bias=False, dtype=torch.float16).requires_grad_(False)
     plain.weight.fill_(0.01)
-    out_TO = Int8Linear(plain)(torch.ones(rows, 1024, dtype=torch.float16))
+    out_TO = int8(plain)(torch.ones(rows, 1024, dtype=torch.float16))
     torch.testing.assert_close(out_TO, torch.full_like(out_TO, 10.24), rtol=1e-2, atol=0)
 
 
@@ -231,7 +239,7 @@ def test_small_weights_are_rounded_no_worse() -> None:
 def test_rows_that_lie_apart() -> None:
     plain = plain_layer(64, 64, torch.float32)
     apart_TI = torch.randn(5, 128)[:, :64]
-    for layer in (Int8Linear(plain), Int4Linear(plain, 32)):
+    for layer in (int8(plain), int4(plain, 32)):
         torch.testing.assert_close(layer(apart_TI), layer(apart_TI.contiguous()))
 
 

@@ -4,6 +4,8 @@ Of a few rows a step is bound by reading the weights, which torch's weight-only 
 the bytes. Of many rows those kernels lose to the plain one, so weights are then widened a block at a time, while the
 block is in the cache: each weight once a step, however many the rows.
 
+Integers as they are stored are laid out row by row; of 4 bits the kernel has a layout of its own, which is this CPU's.
+
 Shapes: T packed tokens, I inputs, O outputs; G groups of i inputs; B blocks of o outputs.
 """
 
@@ -33,19 +35,16 @@ SIDE_BY_SIDE = 64
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear of 8-bit integers."""
+    """An nn.Linear of 8-bit integers: `integers` (O, I) and `scale` (O,) as by `store_int8`."""
 
     integers: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, plain: nn.Linear) -> None:
+    def __init__(self, integers: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        weight_OI = plain.weight
-        self.bias = plain.bias
-        self.register_buffer("integers", torch.empty(weight_OI.shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(len(weight_OI), dtype=weight_OI.dtype))
-        for rows in slabs(weight_OI):
-            self.integers[rows], self.scale[rows] = to_int8(weight_OI[rows])
+        self.bias = bias
+        self.register_buffer("integers", integers)
+        self.register_buffer("scale", scale)
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
         flat_TI = input_TI.reshape(-1, input_TI.shape[-1])
@@ -63,22 +62,20 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """An nn.Linear of 4-bit integers, two to a byte as torch's kernel reads them."""
+    """An nn.Linear of 4-bit integers: two to a byte as torch's kernel reads them, made of those by `store_int4`."""
 
     integers: torch.Tensor
     scale_zero: torch.Tensor
 
-    def __init__(self, plain: nn.Linear, group: int) -> None:
+    def __init__(self, integers: torch.Tensor, scale_zero: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        weight_OI = plain.weight
-        outputs, inputs = weight_OI.shape
-        self.bias = plain.bias
-        self.group = group
-        self.register_buffer("integers", torch.empty(outputs, inputs // 2, dtype=torch.uint8))
-        self.register_buffer("scale_zero", torch.empty(inputs // group, outputs, 2, dtype=weight_OI.dtype))
-        for rows in slabs(weight_OI):
-            integer_OI, self.scale_zero[:, rows] = to_int4(weight_OI[rows], group)
-            self.integers[rows] = torch._convert_weight_to_int4pack_for_cpu(integer_OI, 1)
+        self.bias = bias
+        self.group = 2 * integers.shape[1] // len(scale_zero)
+        packed = torch.empty_like(integers)
+        for rows in slabs(packed):
+            packed[rows] = torch._convert_weight_to_int4pack_for_cpu(two_of_each(integers[rows]), 1)
+        self.register_buffer("integers", packed)
+        self.register_buffer("scale_zero", scale_zero)
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
         flat_TI = input_TI.reshape(-1, input_TI.shape[-1]).contiguous()
@@ -106,6 +103,37 @@ class Int4Linear(nn.Module):
 def _finished(out_TO: torch.Tensor, bias_O: torch.Tensor | None, input_TI: torch.Tensor) -> torch.Tensor:
     out_TO = out_TO if bias_O is None else out_TO + bias_O
     return out_TO.view(*input_TI.shape[:-1], out_TO.shape[-1])
+
+
+def store_int8(weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Returns:
+        integers int8 (O, I) and scale (O,), of the weight's type.
+    """
+    integers = torch.empty(weight_OI.shape, dtype=torch.int8)
+    scale = torch.empty(len(weight_OI), dtype=weight_OI.dtype)
+    for rows in slabs(weight_OI):
+        integers[rows], scale[rows] = to_int8(weight_OI[rows])
+    return {"integers": integers, "scale": scale}
+
+
+def store_int4(weight_OI: torch.Tensor, group: int) -> dict[str, torch.Tensor]:
+    """
+    Returns:
+        integers uint8 (O, I / 2), the first of two inputs in the low half; scale_zero (G, O, 2), of the weight's type.
+    """
+    outputs, inputs = weight_OI.shape
+    integers = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
+    scale_zero = torch.empty(inputs // group, outputs, 2, dtype=weight_OI.dtype)
+    for rows in slabs(weight_OI):
+        integer_OI, scale_zero[:, rows] = to_int4(weight_OI[rows], group)
+        integers[rows] = integer_OI[:, 0::2] | integer_OI[:, 1::2] << 4
+    return {"integers": integers, "scale_zero": scale_zero}
+
+
+def two_of_each(byte_OI: torch.Tensor) -> torch.Tensor:
+    """The integers int32 (O, I) of bytes (O, I / 2) by `store_int4`."""
+    return torch.stack((byte_OI & 15, byte_OI >> 4), dim=-1).flatten(1).to(torch.int32)
 
 
 def slabs(weight_OI: torch.Tensor) -> Iterator[slice]:

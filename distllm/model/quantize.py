@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -17,13 +19,20 @@ from torch import nn
 
 from distllm.config import QuantizationConfig
 from distllm.model import bnb
-from distllm.model.integers import SIDE_BY_SIDE, Int4Linear, Int8Linear
+from distllm.model.integers import SIDE_BY_SIDE, Int4Linear, Int8Linear, store_int4, store_int8
 from distllm.model.linear import give_back, plain_layers, shared_storages, storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+
+Stored = Mapping[str, torch.Tensor]
+"""What a quantized weight is stored as: tensors by the ends of their names."""
+
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""The same, by shapes and types."""
 
 
 class Scheme(Protocol):
@@ -41,7 +50,26 @@ class Scheme(Protocol):
         """The layer in place of a plain one."""
 
 
-class Int8(Scheme):
+class Storable(Scheme, Protocol):
+    """One whose weights can be kept in files."""
+
+    def layout(self, outputs: int, inputs: int, dtype: torch.dtype) -> Layout:
+        """What a weight of this size and type is stored as."""
+
+    def store(self, weight_OI: torch.Tensor) -> Stored:
+        """What a weight is stored as."""
+
+    def restore(self, plain: nn.Linear, stored: Stored) -> nn.Module:
+        """The layer in place of a plain one whose weight was stored."""
+
+    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
+        return sum(math.prod(shape) * each.itemsize for shape, each in self.layout(outputs, inputs, dtype).values())
+
+    def make(self, plain: nn.Linear) -> nn.Module:
+        return self.restore(plain, self.store(plain.weight))
+
+
+class Int8(Storable):
     """Symmetric, one scale for each output: `weight_OI = scale_O * integer_OI`."""
 
     name = "int8"
@@ -49,15 +77,18 @@ class Int8(Scheme):
     def takes(self, outputs: int, inputs: int) -> bool:  # noqa: ARG002
         return True
 
-    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
-        return outputs * inputs + outputs * dtype.itemsize
+    def layout(self, outputs: int, inputs: int, dtype: torch.dtype) -> Layout:
+        return {"integers": ((outputs, inputs), torch.int8), "scale": ((outputs,), dtype)}
 
-    def make(self, plain: nn.Linear) -> nn.Module:
-        return Int8Linear(plain)
+    def store(self, weight_OI: torch.Tensor) -> Stored:
+        return store_int8(weight_OI)
+
+    def restore(self, plain: nn.Linear, stored: Stored) -> nn.Module:
+        return Int8Linear(stored["integers"], stored["scale"].to(plain.weight.dtype), plain.bias)
 
 
 @dataclass(frozen=True)
-class Int4(Scheme):
+class Int4(Storable):
     """A scale and a zero for each group of inputs of an output: `weight = (integer - 8) * scale + zero`."""
 
     group: int
@@ -66,11 +97,15 @@ class Int4(Scheme):
     def takes(self, outputs: int, inputs: int) -> bool:
         return outputs % SIDE_BY_SIDE == 0 and inputs % self.group == 0
 
-    def nbytes(self, outputs: int, inputs: int, dtype: torch.dtype) -> int:
-        return outputs * inputs // 2 + 2 * outputs * (inputs // self.group) * dtype.itemsize
+    def layout(self, outputs: int, inputs: int, dtype: torch.dtype) -> Layout:
+        scale_zero = (inputs // self.group, outputs, 2)
+        return {"integers": ((outputs, inputs // 2), torch.uint8), "scale_zero": (scale_zero, dtype)}
 
-    def make(self, plain: nn.Linear) -> nn.Module:
-        return Int4Linear(plain, self.group)
+    def store(self, weight_OI: torch.Tensor) -> Stored:
+        return store_int4(weight_OI, self.group)
+
+    def restore(self, plain: nn.Linear, stored: Stored) -> nn.Module:
+        return Int4Linear(stored["integers"], stored["scale_zero"].to(plain.weight.dtype), plain.bias)
 
 
 @dataclass(frozen=True)
@@ -133,16 +168,27 @@ def _say_once(sentence: str) -> None:
     logger.info(sentence)
 
 
-def quantize(module: nn.Module, choices: Iterable[Choice], progress: Callable[[int], None] = lambda _: None) -> None:
+def quantize(
+    module: nn.Module,
+    choices: Iterable[Choice],
+    progress: Callable[[int], None] = lambda _: None,
+    ready: Mapping[nn.Module, Stored] = MappingProxyType({}),
+) -> None:
     """Replaces linear layers of a module, one by one.
 
     Args:
         progress: called with the bytes of each plain weight as it is quantized.
+        ready: what the weights of some of them were stored as, which have none of their own.
     """
     shared = shared_storages(module)
     for choice in list(choices):
         weight = choice.plain.weight
-        setattr(choice.parent, choice.name, choice.scheme.make(choice.plain))
-        if storage(weight) not in shared:
-            give_back(weight)
+        if choice.plain in ready:
+            assert isinstance(choice.scheme, Int8 | Int4)
+            made = choice.scheme.restore(choice.plain, ready[choice.plain])
+        else:
+            made = choice.scheme.make(choice.plain)
+            if storage(weight) not in shared:
+                give_back(weight)
+        setattr(choice.parent, choice.name, made)
         progress(weight.nbytes)
