@@ -104,6 +104,11 @@ class QuantizationConfig:
     group: int = key(32, "numbers that share a scale in int4: 32, 64, 128 or 256")
     stages: list[int] | None = key(None, "ranks that hold their part so, such as [0,2]; by default all")
 
+    @classmethod
+    def of(cls, given: str | QuantizationConfig | None) -> QuantizationConfig:
+        """The section, or a method with the section's other defaults."""
+        return given if isinstance(given, cls) else cls(method=str(given or "none"))
+
     def on(self, rank: int) -> bool:
         """Whether a rank holds its part in fewer bits."""
         return self.method != "none" and (self.stages is None or rank in self.stages)

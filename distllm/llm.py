@@ -106,7 +106,7 @@ class LLM:
         options = Options(
             model=wanted if dtype is None else replace(wanted, dtype=dtype),
             cluster=cluster if workers is None else replace(cluster, workers=workers),
-            quantization=_quantization(quantization),
+            quantization=QuantizationConfig.of(quantization),
             weights=_weights(weights),
             plan=plan or PlanConfig(),
             engine=engine or EngineConfig(),
@@ -289,10 +289,6 @@ def _wanted(model: str | Path | ModelConfig | Reader) -> ModelConfig:
     if isinstance(model, Reader):
         return model.model
     return model if isinstance(model, ModelConfig) else ModelConfig(path=str(model))
-
-
-def _quantization(given: str | QuantizationConfig | None) -> QuantizationConfig:
-    return given if isinstance(given, QuantizationConfig) else QuantizationConfig(method=given or "none")
 
 
 def _weights(given: str | WeightsConfig | None) -> WeightsConfig:

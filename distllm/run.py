@@ -248,6 +248,7 @@ def _shard(config: Config) -> int:
                 stages=wanted.stages,
                 by=wanted.by,
                 layers=config.plan.layers,
+                quantization=config.quantization,
                 progress=progress,
             )
     return 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from tqdm import tqdm
 
-from distllm.config import CHOICES, ModelConfig, one_of
+from distllm.config import CHOICES, ModelConfig, QuantizationConfig, one_of
 from distllm.core import ModelSizes
 from distllm.plan.cut import cut_as_told, cut_by_bytes, cut_by_layers
 from distllm.plan.partition import Split, human_bytes
@@ -39,16 +39,19 @@ def shard_model(
     stages: int | None = None,
     by: str = "bytes",
     layers: Sequence[int] | None = None,
+    quantization: str | QuantizationConfig | None = None,
     progress: Progress = lambda _done, _total: None,
 ) -> tuple[Path, ...]:
-    """Writes a model's tensors, as they are, into one file for each stage, with a manifest and the small files.
+    """Writes a model's tensors into one file for each stage, with a manifest and the small files.
 
-    The folder is at the same time an ordinary checkpoint in several files. It appears only when it is whole.
+    They stay as they are, and the folder is at the same time an ordinary checkpoint in several files; or the linear
+    layers are quantized, so that nobody needs to do it again. The folder appears only when it is whole.
 
     Args:
         model: folder of a checkpoint, or a model configuration.
         output: a folder that is not there yet, or is empty.
         stages: how many files, of equal bytes or layers, as `by` says; or in `layers`, the layers of each.
+        quantization: none, int8 or int4, or the section with its options; its `stages` are those of the files.
 
     Returns:
         The files of the stages, in order.
@@ -59,15 +62,20 @@ def shard_model(
     from distllm.model import carve
     from distllm.model.folder import check_target, whole_folder
 
+    quantization = QuantizationConfig.of(quantization)
     one_of("shard.by", by, CHOICES["shard.by"])
+    one_of("quantization.method", quantization.method, CHOICES["quantization.method"])
+    carve.check_storable(quantization)
     check_target(output)
     blueprint = _whole(model if isinstance(model, ModelConfig) else ModelConfig(path=str(model)))
-    plots = carve.plots(blueprint, _cut(blueprint.sizes, stages, by, layers))
+    sizes = blueprint.sizes_with(quantization)
+    spans = _cut(sizes.quantized or sizes, stages, by, layers)
+    plots = carve.plots(blueprint, spans, quantization)
     small = carve.taken_along(blueprint.checkpoint.path)
     needed = sum(plot.nbytes for plot in plots) + sum(path.stat().st_size for path in small)
     count = _counted(progress, sum(info.nbytes for plot in plots for info in plot.tensors.values()))
     with whole_folder(output, needed) as folder:
-        made = carve.carve(blueprint, plots, folder, count)
+        made = carve.carve(blueprint, plots, quantization, folder, count)
     for file in made.files:
         logger.info("%s holds %s, %s", file.name, file.span or "what no stage needs", human_bytes(file.bytes))
     return get_shard_paths(output)
@@ -143,6 +151,10 @@ def _whole(model: ModelConfig) -> Blueprint:
     from distllm.engine.reader import open_blueprint
 
     blueprint = open_blueprint(replace(model, verify=True))
+    if blueprint.checkpoint.quantization is not None:
+        raise ValueError(
+            f"{blueprint.checkpoint.path}: its weights are quantized already; cut the checkpoint that they are from"
+        )
     blueprint.checkpoint.fetch({info.file for info in blueprint.checkpoint.tensors.values()})
     return blueprint
 

@@ -23,7 +23,7 @@ from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
 from distllm.engine.sending import sending
-from distllm.engine.stored import check_stored, stored_wish
+from distllm.engine.stored import check_stored, stored_quantization, stored_wish
 from distllm.model.blueprint import Blueprint
 from distllm.model.quantize import check_installed
 from distllm.net.wire import WireBroken
@@ -60,6 +60,7 @@ class Job:
     """
 
     def __init__(self, options: Options, blueprint: Blueprint, cluster: Cluster | None) -> None:
+        options = replace(options, quantization=stored_quantization(options.quantization, blueprint.checkpoint))
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster

@@ -1,10 +1,11 @@
-"""What shards on disk say of the plan: a rank cannot hold layers whose file it was not given."""
+"""What shards on disk say of the plan and of quantization: a rank cannot hold what is not in the file it was given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 
+from distllm.config import QuantizationConfig
 from distllm.core import Plan, Span
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
@@ -31,6 +32,21 @@ def stored_wish(wish: PlanWish, blueprint: Blueprint, ranks: int) -> PlanWish:
     if wish.strategy != "balanced" or len(layers) != ranks:
         return wish
     return replace(wish, strategy="manual", layers=layers, stored=True)
+
+
+def stored_quantization(wanted: QuantizationConfig, checkpoint: Checkpoint) -> QuantizationConfig:
+    """How ranks hold their weights: as the shards have them, if those are quantized.
+
+    Raises:
+        ValueError: something else is wanted.
+    """
+    stored = checkpoint.quantization
+    if stored is not None and wanted.method != "none" and wanted != stored:
+        raise ValueError(
+            f"{checkpoint.path}: its weights are quantized already, with quantization={stored.method} "
+            f"quantization.head={stored.head} quantization.group={stored.group}; leave quantization out"
+        )
+    return stored or wanted
 
 
 def check_stored(plan: Plan, checkpoint: Checkpoint) -> None:

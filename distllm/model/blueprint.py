@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from distllm.config import QuantizationConfig
-from distllm.core import ModelSizes, Plan
+from distllm.core import ModelSizes, Plan, Span
 from distllm.model import attention, families, linear, weights
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.families import Anatomy
 from distllm.model.files import LocalFiles
-from distllm.model.quantize import Recipe, quantize
+from distllm.model.quantize import Ready, Recipe, quantize
 from distllm.model.runner import Runner
 from distllm.model.shard import Shard, check_passes_through
-from distllm.model.weights import Progress, TensorMap
+from distllm.model.tensors import TensorMap
+from distllm.model.weights import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -66,6 +67,8 @@ class Blueprint:
         self.config = self.checkpoint.config
         self.anatomy = anatomy or look_through(self.config)
         self.tensors = TensorMap(self.checkpoint, self.anatomy)
+        if (stored := self.checkpoint.quantization) is not None:
+            self.tensors.check_ready(Recipe.of(stored))
         self.dtype = self.checkpoint.dtype(dtype)
         allowed = self.anatomy.context_length
         if context_length is not None and context_length > allowed:
@@ -82,7 +85,14 @@ class Blueprint:
     def files_of(self, plan: Plan, rank: int) -> set[str]:
         """Names of the files that hold a rank's weights."""
         stage = plan.stage_of(rank)
-        return set() if stage is None else self.tensors.files(Shard(self.config, self.anatomy, stage.span, self.dtype))
+        return set() if stage is None else self.tensors.files(self.shard(stage.span))
+
+    def shard(self, span: Span) -> Shard:
+        """The part of the model that a span is, without weights."""
+        shard = Shard(self.config, self.anatomy, span, self.dtype)
+        if self.tensors.head_is_ready:
+            shard.drop_table()
+        return shard
 
     @property
     def hidden_size(self) -> int:
@@ -114,11 +124,11 @@ class Blueprint:
         stage = plan.stage_of(rank)
         if stage is None:
             return None
-        shard = Shard(self.config, self.anatomy, stage.span, self.dtype)
+        shard = self.shard(stage.span)
         finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
-        weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)
+        ready = weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)
         shard.drop_table()
-        finish.rest(shard.model)
+        finish.rest(shard.model, ready)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)
 
 
@@ -144,16 +154,17 @@ class Finish:
         self.by_layer = self._packs or recipe is not None
         self.progress: Progress = (lambda nbytes: progress(nbytes // 2)) if self.by_layer else progress
 
-    def layer(self, layer: nn.Module) -> None:
+    def layer(self, layer: nn.Module, ready: Ready) -> None:
         """One layer, as soon as it is filled."""
         if self._recipe is not None:
-            quantize(layer, self._recipe.of_layer(layer), self.progress)
+            quantize(layer, self._recipe.of_layer(layer), self.progress, ready)
         self._lay_out(layer)
 
-    def rest(self, model: PreTrainedModel) -> None:
+    def rest(self, model: PreTrainedModel, ready: Ready) -> None:
         """The head, and what else is outside of the layers."""
+        assert self._recipe is not None or not ready, "weights that lie quantized in files need their recipe"
         if self._recipe is not None:
-            quantize(model, self._recipe.of_head(model), self.progress)
+            quantize(model, self._recipe.of_head(model), self.progress, ready)
         self._lay_out(model)
 
     def _lay_out(self, module: nn.Module) -> None:

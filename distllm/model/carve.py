@@ -1,6 +1,7 @@
-"""Writes a checkpoint anew, tensor by tensor and bit for bit: as one file a stage, or back as an ordinary one.
+"""Writes a checkpoint anew, tensor by tensor: as one file a stage, or back as an ordinary one.
 
-Names and types of the tensors stay as they are, and nothing of a file is held but a few megabytes. Knows no plan.
+Names, types and bits of the tensors stay as they are, but for those that are to be quantized, and nothing of a file is
+held but a few megabytes, or the weight that is quantized. Knows no plan.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,31 +17,78 @@ from typing import BinaryIO
 
 import torch
 
+from distllm.config import QuantizationConfig
 from distllm.core import Span
 from distllm.model import manifest, raw
 from distllm.model.blueprint import Blueprint
-from distllm.model.checkpoint import INDEX, SINGLE
-from distllm.model.files import Headers, small_files
-from distllm.model.manifest import FIRST_BYTES, MANIFEST, Manifest, SmallFile, StoredFile, StoredTensor
+from distllm.model.checkpoint import INDEX, SINGLE, Checkpoint
+from distllm.model.files import Headers, TensorInfo, small_files
+from distllm.model.manifest import (
+    FIRST_BYTES,
+    MANIFEST,
+    Manifest,
+    Quantized,
+    QuantizedTensor,
+    SmallFile,
+    StoredFile,
+    StoredTensor,
+)
+from distllm.model.pushed import DTYPES
+from distllm.model.quantize import Int4, Int8, Recipe, Storable, Stored
 from distllm.model.shard import Shard
 
 Progress = Callable[[int], None]
 
+# What files call the types of numbers.
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """A weight that is quantized on the way: the tensor that it is made of, and how."""
+
+    source: str
+    scheme: Storable
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> Headers:
+        """What it is stored as, by the ends of the names."""
+        layout = self.scheme.layout(*self.shape, self.dtype)
+        return {part: TensorInfo("", shape, NAMES[dtype]) for part, (shape, dtype) in layout.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A file that is to be written; `span` is None if no stage needs its tensors."""
+    """A file that is to be written; `span` is None if no stage needs its tensors.
+
+    `tensors` are all that it will hold; `made`, by name, the weights that some of them make up.
+    """
 
     name: str
     span: Span | None
     tensors: Headers
+    made: Mapping[str, Making]
 
     @property
     def nbytes(self) -> int:
         return len(raw.layout(self.tensors)[0]) + sum(info.nbytes for info in self.tensors.values())
 
 
-def plots(blueprint: Blueprint, spans: Sequence[Span]) -> list[Plot]:
+def check_storable(quantization: QuantizationConfig) -> None:
+    """
+    Raises:
+        ValueError: weights of this method cannot be kept in files.
+    """
+    if quantization.method.startswith("bnb"):
+        raise ValueError(
+            f"quantization={quantization.method}: bitsandbytes' weights are made while loading and cannot be stored; "
+            "say int8 or int4"
+        )
+
+
+def plots(blueprint: Blueprint, spans: Sequence[Span], quantization: QuantizationConfig) -> list[Plot]:
     """One file for each span, of the tensors that a rank with this span reads, and one for those that none reads."""
     tensors = blueprint.checkpoint.tensors
     width = len(str(len(spans) - 1))
@@ -49,10 +97,26 @@ def plots(blueprint: Blueprint, spans: Sequence[Span]) -> list[Plot]:
         with torch.device("meta"):
             shard = Shard(blueprint.config, blueprint.anatomy, span, blueprint.dtype)
         mine = {name: tensors[name] for name in blueprint.tensors.owned(shard)}
-        found.append(Plot(f"stage-{stage:0{width}}.safetensors", span, mine))
-        for name in mine:
+        made = _made(blueprint, shard, Recipe.of(quantization)) if quantization.on(stage) else {}
+        for name in (*mine, *(each.source for each in made.values())):
             left.pop(name, None)
-    return [*found, Plot("no-stage.safetensors", None, left)] if left else found
+        table = set() if span.embed else {each.source for name, each in made.items() if name != each.source}
+        plain = {name: info for name, info in mine.items() if name not in made and name not in table}
+        parts = {f"{name}.{part}": info for name, each in made.items() for part, info in each.parts.items()}
+        found.append(Plot(f"stage-{stage:0{width}}.safetensors", span, plain | parts, made))
+    return [*found, Plot("no-stage.safetensors", None, left, {})] if left else found
+
+
+def _made(blueprint: Blueprint, shard: Shard, recipe: Recipe) -> dict[str, Making]:
+    """The weights of a shard that can be stored quantized, by name; a tied head gets one of its own."""
+    found = {}
+    for parameter, choice in blueprint.tensors.chosen(shard.model, recipe).items():
+        source = blueprint.tensors.whole_tensor(parameter)
+        if source is not None and isinstance(choice.scheme, Int8 | Int4):
+            tied = blueprint.tensors.targets[source].parameter != parameter
+            shape = (choice.plain.out_features, choice.plain.in_features)
+            found[parameter if tied else source] = Making(source, choice.scheme, shape, blueprint.dtype)
+    return found
 
 
 def taken_along(folder: Path) -> list[Path]:
@@ -60,8 +124,11 @@ def taken_along(folder: Path) -> list[Path]:
     return [path for path in small_files(folder) if path.name != MANIFEST]
 
 
-def carve(blueprint: Blueprint, files: Sequence[Plot], target: Path, progress: Progress) -> Manifest:
-    """Writes files of stages, the small files, the manifest, and an index by which other tools read the folder.
+def carve(
+    blueprint: Blueprint, files: Sequence[Plot], quantization: QuantizationConfig, target: Path, progress: Progress
+) -> Manifest:
+    """Writes files of stages, the small files, the manifest, and an index by which other tools read the folder, if they
+    can.
 
     Args:
         files: from `plots`.
@@ -70,12 +137,17 @@ def carve(blueprint: Blueprint, files: Sequence[Plot], target: Path, progress: P
     """
     source = blueprint.checkpoint.path
     with ExitStack() as opened:
-        reader = Source(source, opened)
+        reader = Source(blueprint.checkpoint, opened)
         written = tuple(_write(target, plot, reader, progress) for plot in files)
     copied = {path.name: _copy(path, target / path.name) for path in taken_along(source)}
-    made = Manifest(blueprint.config.model_type, written, copied)
-    _write_index(target, made.tensors)
-    marks = {"format": manifest.FORMAT, "version": manifest.VERSION}
+    quantized = None
+    if quantization.method != "none":
+        stages = None if quantization.stages is None else tuple(quantization.stages)
+        quantized = Quantized(quantization.method, quantization.head, quantization.group, stages)
+    made = Manifest(blueprint.config.model_type, written, copied, quantized)
+    if quantized is None:
+        _write_index(target, made.tensors)
+    marks = {"format": manifest.FORMAT, "version": manifest.VERSIONS[quantized is not None]}
     write_json(target / MANIFEST, marks | asdict(made))
     return made
 
@@ -83,38 +155,58 @@ def carve(blueprint: Blueprint, files: Sequence[Plot], target: Path, progress: P
 class Source:
     """The files of a checkpoint, open for as long as tensors are read from them."""
 
-    def __init__(self, folder: Path, opened: ExitStack) -> None:
-        self._folder = folder
+    def __init__(self, checkpoint: Checkpoint, opened: ExitStack) -> None:
+        self._checkpoint = checkpoint
         self._opened = opened
         self._files: dict[str, tuple[BinaryIO, dict[str, int]]] = {}
 
     def chunks(self, tensor: str, file: str, nbytes: int) -> Iterator[bytes]:
         """The bytes of a tensor, few at a time."""
         if file not in self._files:
-            path = self._folder / file
+            path = self._checkpoint.path / file
             self._files[file] = self._opened.enter_context(path.open("rb")), raw.starts(path)
         reader, starts = self._files[file]
         return raw.chunks(reader, starts[tensor], nbytes)
 
+    def quantized(self, making: Making) -> Stored:
+        """What a weight is stored as."""
+        file = self._checkpoint.tensors[making.source].file
+        with self._checkpoint.open({making.source: file}) as slices:
+            return making.scheme.store(slices[making.source][...].to(making.dtype))
+
 
 def _write(folder: Path, plot: Plot, source: Source, progress: Progress) -> StoredFile:
     head, starts = raw.layout(plot.tensors)
-    whole = hashlib.sha256(head)
-    tensors = {}
-    with (folder / plot.name).open("xb") as target:
+    told: dict[str, StoredTensor] = {}
+    parts = {f"{name}.{part}" for name, making in plot.made.items() for part in making.parts}
+    with (folder / plot.name).open("x+b") as target:
         target.write(head)
-        for name in starts:
+
+        def write(name: str, chunks: Iterable[bytes | memoryview]) -> None:
             info = plot.tensors[name]
+            target.seek(starts[name])
             digest, first = hashlib.sha256(), b""
-            for chunk in source.chunks(name, info.file, info.nbytes):
+            for chunk in chunks:
                 target.write(chunk)
-                whole.update(chunk)
                 digest.update(chunk)
-                first = first or chunk[:FIRST_BYTES]
+                first = first or bytes(chunk[:FIRST_BYTES])
                 progress(len(chunk))
-            tensors[name] = StoredTensor(info.shape, info.dtype, info.nbytes, digest.hexdigest(), first.hex())
+            told[name] = StoredTensor(info.shape, info.dtype, info.nbytes, digest.hexdigest(), first.hex())
+
+        for name in starts.keys() - parts:
+            write(name, source.chunks(name, plot.tensors[name].file, plot.tensors[name].nbytes))
+        for name, making in plot.made.items():
+            for part, tensor in source.quantized(making).items():
+                write(f"{name}.{part}", [tensor.view(torch.uint8).numpy().data.cast("B")])
+        target.seek(0)
+        whole = hashlib.file_digest(target, "sha256").hexdigest()
         keep(target)
-    return StoredFile(plot.name, plot.span, plot.nbytes, whole.hexdigest(), tensors)
+    quantized = {
+        name: QuantizedTensor(making.shape, NAMES[making.dtype], tuple(making.parts))
+        for name, making in plot.made.items()
+    }
+    tensors = {name: told[name] for name in starts}
+    return StoredFile(plot.name, plot.span, plot.nbytes, whole, tensors, quantized)
 
 
 def _copy(source: Path, target: Path) -> SmallFile:
@@ -147,8 +239,13 @@ def _write_index(folder: Path, tensors: Headers) -> None:
 def check_all(made: Manifest, folder: Path) -> None:
     """
     Raises:
-        ValueError: a file of the manifest is missing, cut short or another one.
+        ValueError: a file of the manifest is missing, cut short or another one, or the weights are quantized.
     """
+    if made.quantization is not None:
+        raise ValueError(
+            f"{folder}: its weights were quantized ({made.quantization.method}), so the model cannot be made of them "
+            "again; use the checkpoint that they were cut from"
+        )
     for name in (*(file.name for file in made.files), *made.small_files):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: no such file, but {MANIFEST} names it; copy it here")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from distllm.config import QuantizationConfig
 from distllm.model import manifest as manifests
 from distllm.model.files import Headers, LocalFiles, TensorInfo
 from distllm.model.manifest import MANIFEST, Manifest
@@ -70,7 +71,7 @@ class Checkpoint:
         if self.manifest is None:
             return _read_headers(self.files)
         self.manifest.check(self.path, self.present)
-        return self.manifest.tensors
+        return self.manifest.weights
 
     @property
     def present(self) -> list[str]:
@@ -178,11 +179,30 @@ class Checkpoint:
         if self.manifest is not None:
             self.manifest.check(self.path, wanted, verify=self._verify, alive=alive)
         held = {name: self.files.header(name) for name in wanted}
-        for tensor, info in self.tensors.items():
+        for tensor, info in self.stored.items():
             for name in held.keys() & info.files:
                 if not info.is_like(held[name].get(tensor)):
                     path = self.path / name
                     raise ValueError(f"{path}: tensor {tensor} is not as rank 0 has found it; copy the file again")
+
+    @property
+    def quantization(self) -> QuantizationConfig | None:
+        """How the weights of shards lie in their files; None if they are as they were."""
+        stored = self.manifest.quantization if self.manifest else None
+        if stored is None:
+            return None
+        stages = None if stored.stages is None else list(stored.stages)
+        return QuantizationConfig(method=stored.method, head=stored.head, group=stored.group, stages=stages)
+
+    @property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """The tensors as they lie in files, where some make up a quantized weight."""
+        return self.manifest.tensors if self.manifest else self.tensors
+
+    def stored_as(self, name: str, file: str) -> dict[str, str]:
+        """The names of the tensors that a weight lies in a file as: by its own, or if it is quantized by its parts."""
+        parts = self.manifest.parts.get((file, name), ()) if self.manifest else ()
+        return {part: f"{name}.{part}" for part in parts} or {"": name}
 
     @contextmanager
     def open(self, places: Mapping[str, str]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,10 @@ from distllm.model.files import Headers, TensorInfo, check_infos
 
 MANIFEST = "manifest.json"
 FORMAT = "distllm-shards"
-VERSION = 1
+# Shards with quantized weights are of the second version.
+VERSIONS = (1, 2)
+# How weights that lie in files may be quantized.
+STORABLE, GROUPS = ("int8", "int4"), (32, 64, 128, 256)
 # Of each tensor so many bytes are in the manifest itself: they tell another model's file without reading it.
 FIRST_BYTES = 16
 
@@ -36,18 +39,46 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A weight that is stored as several tensors, named by its own name and one of `parts` each."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of tensors; `span` is None if no stage needs them."""
+    """A file of tensors; `span` is None if no stage needs them. `quantized` are weights that some of them make up."""
 
     name: str
     span: Span | None
     bytes: int
     sha256: str
     tensors: Mapping[str, StoredTensor]
+    quantized: Mapping[str, QuantizedTensor]
 
     @property
     def infos(self) -> Headers:
+        """As the file's header tells it."""
         return {name: TensorInfo(self.name, each.shape, each.dtype) for name, each in self.tensors.items()}
+
+    @property
+    def weights(self) -> Headers:
+        """The same, each quantized weight being one tensor, as it was before."""
+        parts = {f"{name}.{part}" for name, each in self.quantized.items() for part in each.parts}
+        plain = {name: info for name, info in self.infos.items() if name not in parts}
+        return plain | {name: TensorInfo(self.name, each.shape, each.dtype) for name, each in self.quantized.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """How the weights of shards were quantized, in the words of the configuration's section."""
+
+    method: str
+    head: str
+    group: int
+    stages: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +96,22 @@ class Manifest:
     model_type: str
     files: tuple[StoredFile, ...]
     small_files: Mapping[str, SmallFile]
+    quantization: Quantized | None = None
 
     @cached_property
     def tensors(self) -> Headers:
         """As the headers of all files would tell it; a tensor that lies in several belongs to the first one."""
-        found: Headers = {}
-        for file in self.files:
-            for name, info in file.infos.items():
-                first = found.get(name)
-                files = (file.name,) if first is None else (*first.files, file.name)
-                found[name] = TensorInfo(files[0], info.shape, info.dtype, files[1:])
-        return found
+        return _together(file.infos for file in self.files)
+
+    @cached_property
+    def weights(self) -> Headers:
+        """The same, each quantized weight being one tensor, as it was before."""
+        return _together(file.weights for file in self.files)
+
+    @cached_property
+    def parts(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        """Of each quantized weight in each file, the ends of the names of the tensors that it is stored as."""
+        return {(file.name, name): each.parts for file in self.files for name, each in file.quantized.items()}
 
     @property
     def stages(self) -> tuple[StoredFile, ...]:
@@ -104,6 +140,16 @@ class Manifest:
                 check_first(folder / file.name, file)
                 for _ in verified(folder / file.name, file) if verify else ():
                     alive()
+
+
+def _together(headers: Iterable[Headers]) -> Headers:
+    found: Headers = {}
+    for each in headers:
+        for name, info in each.items():
+            first = found.get(name)
+            files = (info.file,) if first is None else (*first.files, info.file)
+            found[name] = TensorInfo(files[0], info.shape, info.dtype, files[1:])
+    return found
 
 
 def check_first(path: Path, file: StoredFile) -> None:
@@ -175,9 +221,9 @@ def parse(path: Path, values: Mapping[str, Any]) -> Manifest | None:
     """
     if values.get("format") != FORMAT:
         return None
-    if values.get("version") != VERSION:
+    if values.get("version") not in VERSIONS:
         raise ValueError(
-            f"{path}: is of version {values.get('version')!r}, but this distllm reads {VERSION}; "
+            f"{path}: is of version {values.get('version')!r}, but this distllm reads {VERSIONS[0]} to {VERSIONS[-1]}; "
             "update distllm or cut the shards anew"
         )
     try:
@@ -185,6 +231,7 @@ def parse(path: Path, values: Mapping[str, Any]) -> Manifest | None:
             model_type=str(values["model_type"]),
             files=tuple(_file(each) for each in values["files"]),
             small_files={name: SmallFile(**each) for name, each in values["small_files"].items()},
+            quantization=_quantization(values.get("quantization")),
         )
         _check(path, manifest)
     except (KeyError, TypeError, AttributeError) as error:
@@ -195,7 +242,21 @@ def parse(path: Path, values: Mapping[str, Any]) -> Manifest | None:
 def _file(values: Mapping[str, Any]) -> StoredFile:
     tensors = {name: StoredTensor(**each | {"shape": tuple(each["shape"])}) for name, each in values["tensors"].items()}
     span = None if values["span"] is None else Span(**values["span"])
-    return StoredFile(values["name"], span, values["bytes"], values["sha256"], tensors)
+    quantized = {
+        name: QuantizedTensor(tuple(each["shape"]), each["dtype"], tuple(each["parts"]))
+        for name, each in values.get("quantized", {}).items()
+    }
+    return StoredFile(values["name"], span, values["bytes"], values["sha256"], tensors, quantized)
+
+
+def _quantization(values: Mapping[str, Any] | None) -> Quantized | None:
+    if values is None:
+        return None
+    stages = values["stages"]
+    found = Quantized(values["method"], values["head"], values["group"], None if stages is None else tuple(stages))
+    if found.method not in STORABLE or found.head not in ("none", *STORABLE) or found.group not in GROUPS:
+        raise TypeError(f"no such quantization: {found}")
+    return found
 
 
 def _check(path: Path, manifest: Manifest) -> None:
@@ -208,6 +269,15 @@ def _check(path: Path, manifest: Manifest) -> None:
             raise ValueError(f"{path}: names the file {name!r}, which is outside of the folder; copy it again")
     for file in manifest.files:
         check_infos(path, file.infos)
+        check_infos(path, file.weights)
+        missing = [
+            f"{name}.{part}"
+            for name, each in file.quantized.items()
+            for part in each.parts
+            if f"{name}.{part}" not in file.tensors
+        ]
+        if missing:
+            raise ValueError(f"{path}: {file.name} lacks {missing[0]}, a part of a weight; copy it again")
         sizes = [info.nbytes for info in file.infos.values()]
         head, _ = raw.layout(file.infos)
         if sizes != [each.bytes for each in file.tensors.values()] or file.bytes != len(head) + sum(sizes):

@@ -73,7 +73,7 @@ class PushedCheckpoint(Checkpoint):
 
     @contextmanager
     def open(self, places: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-        yield {name: PushedTensor(name, self.tensors[name], self._fetch) for name in places}
+        yield {name: PushedTensor(name, self.stored[name], self._fetch) for name in places}
 
 
 class PushedTensor:
@@ -98,6 +98,6 @@ def extents(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[Pat
     for file in sorted(set(names)):
         path = checkpoint.path / file
         for name, start in raw.starts(path).items():
-            if name in checkpoint.tensors and file in checkpoint.tensors[name].files:
-                found[name] = (path, start, checkpoint.tensors[name].nbytes)
+            if name in checkpoint.stored and file in checkpoint.stored[name].files:
+                found[name] = (path, start, checkpoint.stored[name].nbytes)
     return found

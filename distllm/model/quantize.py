@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 Stored = Mapping[str, torch.Tensor]
 """What a quantized weight is stored as: tensors by the ends of their names."""
 
+Ready = dict[nn.Module, Stored]
+"""Weights that lie quantized in files, by the linear layers that they belong to, which have none yet."""
+
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """The same, by shapes and types."""
 
@@ -153,6 +156,14 @@ class Choice:
     name: str
     plain: nn.Linear
     scheme: Scheme
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those that its weight has in files; none if it cannot be stored."""
+        if not isinstance(self.scheme, Int8 | Int4):
+            return {}
+        layout = self.scheme.layout(self.plain.out_features, self.plain.in_features, self.plain.weight.dtype)
+        return {part: shape for part, (shape, _) in layout.items()}
 
 
 def _fitting(wanted: Scheme, plain: nn.Linear) -> Scheme:
