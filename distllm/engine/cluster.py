@@ -103,6 +103,15 @@ class Cluster:
                 self._peers[rank] = Peer(identity, "worker")
             except PeerLost as lost:
                 raise self.lost({rank: lost}, {}) from lost
+        self._confirm()
+
+    def _confirm(self) -> None:
+        """Waits until every rank has heard of our reference to it: torch prints its stack if one ends before that."""
+        for rank, peer in self._peers.items():
+            try:
+                peer.confirm(ORDER_TIMEOUT_S)
+            except PeerLost as lost:
+                raise self.lost({rank: lost}, {}) from lost
 
     def _gather(self, registrar: Registrar, world_size: int, timeout_s: float) -> dict[int, Registration]:
         wanted = set(range(1, world_size))

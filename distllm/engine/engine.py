@@ -18,6 +18,7 @@ from distllm.engine.job import Job, Options
 from distllm.engine.master import Master
 from distllm.engine.orders import Status
 from distllm.engine.reader import Reader
+from distllm.engine.stored import stored_quantization
 from distllm.net.store import Rendezvous
 from distllm.plan.blocks import BlockPool
 from distllm.plan.scheduler import Scheduler
@@ -72,6 +73,7 @@ class Engine:
     def __init__(self, options: Options, reader: Reader, launched: Rendezvous | None) -> None:
         self._tokenizer = reader.tokenizer
         self._numbers = itertools.count()
+        stored_quantization(options.quantization, reader.blueprint.checkpoint)  # refused before ranks come up
         with ExitStack() as opened:
             opened.callback(torch.set_num_threads, torch.get_num_threads())
             self._ranks = Ranks(options, launched)

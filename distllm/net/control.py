@@ -175,6 +175,18 @@ class Peer:
             raise _lost(identity.name, error) from error
         _references.append(self._reference)
 
+    def confirm(self, timeout_s: float) -> None:
+        """Waits until the owner has told that it knows of this reference.
+
+        Raises:
+            PeerLost: it did not within the time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._reference.confirmed_by_owner():
+            if time.monotonic() > deadline:
+                raise PeerLost(self.identity.name, "it does not answer", timed_out=True)
+            time.sleep(LISTEN_S)
+
     def ask(self, verb: str, *args: object, timeout_s: float) -> Answer:
         """Calls a method there; the answer comes later."""
         try:
