@@ -49,9 +49,7 @@ def test_of_another_program(values: dict[str, Any]) -> None:
 
 
 def test_of_a_newer_version(values: dict[str, Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"manifest\.json: is of version 3, but .* reads 1 to 2; update distllm"
-    ):
+    with pytest.raises(ValueError, match=r"manifest\.json: is of version 3, but .* reads 1 to 2; update distllm"):
         parse(PATH, values | {"version": 3})
 
 

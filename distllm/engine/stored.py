@@ -58,6 +58,11 @@ def check_stored(plan: Plan, checkpoint: Checkpoint) -> None:
     spans = tuple(stage.span for stage in plan.stages)
     if manifest is None or spans == manifest.spans:
         return
+    if manifest.quantization is not None and manifest.quantization.stages is not None:
+        raise ValueError(
+            f"{checkpoint.path}: only some of its stages are quantized, so start "
+            f"{counted(len(manifest.spans), 'rank')} without plan.layers"
+        )
     missing = [file.name for file in manifest.stages if not checkpoint.files.has(file.name)]
     if missing:
         raise ValueError(

@@ -268,6 +268,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{path}: names the file {name!r}, which is outside of the folder; copy it again")
     for file in manifest.files:
+        if file.quantized and manifest.quantization is None:
+            raise ValueError(f"{path}: does not say how the weights of {file.name} were quantized; copy it again")
         check_infos(path, file.infos)
         check_infos(path, file.weights)
         missing = [

@@ -123,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        if not hmac.compare_digest(self.headers.get("Authorization", ""), f"Bearer {self.server.token}"):
+        given = self.headers.get("Authorization", "").encode(errors="replace")
+        if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
             self._refuse(HTTPStatus.FORBIDDEN, "the token is not that of this job")
             return
         extent = self.server.extents.get(unquote(self.path.removeprefix("/")))
