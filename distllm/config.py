@@ -21,7 +21,7 @@ CHOICES = {
     "log_level": ("debug", "info", "warning", "error"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
-    "quantization.head": ("none", "int8", "int4"),
+    "quantization.head": ("auto", "none", "int8", "int4"),
     "weights.source": ("own", "push"),
     "plan.strategy": ("balanced", "even", "manual"),
     "shard.by": ("bytes", "layers"),
@@ -100,7 +100,9 @@ class QuantizationConfig:
     """Weights in fewer bits."""
 
     method: str = key("none", "of the layers: none, int8, int4, or bitsandbytes' bnb_int8 and bnb_nf4")
-    head: str = key("int8", "of the head, where the layers have a method: none, int8, int4")
+    head: str = key(
+        "auto", "of the head, if layers have a method: none, int8, int4, or auto (int4 with int4, else int8)"
+    )
     group: int = key(32, "numbers that share a scale in int4: 32, 64, 128 or 256")
     stages: list[int] | None = key(None, "ranks that hold their part so, such as [0,2]; by default all")
 
@@ -108,6 +110,11 @@ class QuantizationConfig:
     def of(cls, given: str | QuantizationConfig | None) -> QuantizationConfig:
         """The section, or a method with the section's other defaults."""
         return given if isinstance(given, cls) else cls(method=str(given or "none"))
+
+    @property
+    def head_method(self) -> str:
+        """That of the head, `auto` being made out."""
+        return ("int4" if self.method == "int4" else "int8") if self.head == "auto" else self.head
 
     def on(self, rank: int) -> bool:
         """Whether a rank holds its part in fewer bits."""

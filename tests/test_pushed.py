@@ -15,8 +15,9 @@ from distllm.model import weights
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.files import ITEM_BYTES, TensorInfo
-from distllm.model.pushed import DTYPES, PushedCheckpoint, PushedTensor, Told, extents
+from distllm.model.pushed import PushedCheckpoint, PushedTensor, Told, extents
 from distllm.model.shard import Shard
+from distllm.model.tensors import DTYPES
 from distllm.shards import shard_model
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ TEXT = Path(__file__).parent / "alice.txt"
 TOKENS, CHUNK, BLOCK_TOKENS = 4000, 100, 16
 CPU = torch.device("cpu")
 # Mean KL divergence in nats. SmolLM2's weights come from a file of 4 bits in groups of 32, which int4 finds again.
-MOST = {"int8": 0.01, "bnb_int8": 0.05, "int4": 0.01, "bnb_nf4": 0.4}
+MOST = {"int8": 0.01, "bnb_int8": 0.05, "int4": 0.1, "int4, head int8": 0.01, "bnb_nf4": 0.4}
 # Another model to measure: a folder of a checkpoint.
 OTHER = os.environ.get("DISTLLM_QUALITY_MODEL")
 
@@ -55,12 +55,16 @@ class Reader:
         return torch.log_softmax(logits_TV.float(), dim=-1)
 
 
+def _quantization(method: str, head: str = "auto") -> QuantizationConfig:
+    return QuantizationConfig(method=method, head=head)
+
+
 def divergences(folder: Path) -> dict[str, float]:
     """The mean KL divergence of each method from bfloat16."""
     tokens = AutoTokenizer.from_pretrained(folder)(TEXT.read_text())["input_ids"][:TOKENS]
     assert len(tokens) >= TOKENS - 100
     exact = Reader(folder, None)
-    readers = {method: Reader(folder, QuantizationConfig(method=method)) for method in MOST}
+    readers = {name: Reader(folder, _quantization(*name.split(", head "))) for name in MOST}
     sums = dict.fromkeys(MOST, 0.0)
     for start in range(0, len(tokens), CHUNK):
         chunk = tokens[start : start + CHUNK]

@@ -41,7 +41,7 @@ def stored_quantization(wanted: QuantizationConfig, checkpoint: Checkpoint) -> Q
         ValueError: something else is wanted.
     """
     stored = checkpoint.quantization
-    if stored is not None and wanted.method != "none" and wanted != stored:
+    if stored is not None and wanted.method != "none" and replace(wanted, head=wanted.head_method) != stored:
         raise ValueError(
             f"{checkpoint.path}: its weights are quantized already, with quantization={stored.method} "
             f"quantization.head={stored.head} quantization.group={stored.group}; leave quantization out"

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from io import BufferedRandom
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,14 +34,11 @@ from distllm.model.manifest import (
     StoredFile,
     StoredTensor,
 )
-from distllm.model.pushed import DTYPES
 from distllm.model.quantize import Int4, Int8, Recipe, Storable, Stored
 from distllm.model.shard import Shard
+from distllm.model.tensors import NAMES
 
 Progress = Callable[[int], None]
-
-# What files call the types of numbers.
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +141,7 @@ def carve(
     quantized = None
     if quantization.method != "none":
         stages = None if quantization.stages is None else tuple(quantization.stages)
-        quantized = Quantized(quantization.method, quantization.head, quantization.group, stages)
+        quantized = Quantized(quantization.method, quantization.head_method, quantization.group, stages)
     made = Manifest(blueprint.config.model_type, written, copied, quantized)
     if quantized is None:
         _write_index(target, made.tensors)
@@ -176,37 +174,53 @@ class Source:
 
 
 def _write(folder: Path, plot: Plot, source: Source, progress: Progress) -> StoredFile:
-    head, starts = raw.layout(plot.tensors)
-    told: dict[str, StoredTensor] = {}
-    parts = {f"{name}.{part}" for name, making in plot.made.items() for part in making.parts}
-    with (folder / plot.name).open("x+b") as target:
-        target.write(head)
-
-        def write(name: str, chunks: Iterable[bytes | memoryview]) -> None:
-            info = plot.tensors[name]
-            target.seek(starts[name])
-            digest, first = hashlib.sha256(), b""
-            for chunk in chunks:
-                target.write(chunk)
-                digest.update(chunk)
-                first = first or bytes(chunk[:FIRST_BYTES])
-                progress(len(chunk))
-            told[name] = StoredTensor(info.shape, info.dtype, info.nbytes, digest.hexdigest(), first.hex())
-
-        for name in starts.keys() - parts:
-            write(name, source.chunks(name, plot.tensors[name].file, plot.tensors[name].nbytes))
+    with (folder / plot.name).open("x+b") as file:
+        target = Target(file, plot, progress)
+        made = {f"{name}.{part}" for name, making in plot.made.items() for part in making.parts}
+        for name in target.starts:
+            if name not in made:
+                target.write(name, source.chunks(name, plot.tensors[name].file, plot.tensors[name].nbytes))
         for name, making in plot.made.items():
             for part, tensor in source.quantized(making).items():
-                write(f"{name}.{part}", [tensor.view(torch.uint8).numpy().data.cast("B")])
-        target.seek(0)
-        whole = hashlib.file_digest(target, "sha256").hexdigest()
-        keep(target)
-    quantized = {
-        name: QuantizedTensor(making.shape, NAMES[making.dtype], tuple(making.parts))
-        for name, making in plot.made.items()
-    }
-    tensors = {name: told[name] for name in starts}
-    return StoredFile(plot.name, plot.span, plot.nbytes, whole, tensors, quantized)
+                target.write(f"{name}.{part}", [tensor.view(torch.uint8).numpy().data.cast("B")])
+        return target.done()
+
+
+class Target:
+    """A file of tensors that is being written, in any order."""
+
+    def __init__(self, file: BufferedRandom, plot: Plot, progress: Progress) -> None:
+        self._file = file
+        self._plot = plot
+        self._progress = progress
+        self._told: dict[str, StoredTensor] = {}
+        head, self.starts = raw.layout(plot.tensors)
+        file.write(head)
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """The bytes of one tensor."""
+        info = self._plot.tensors[name]
+        digest, first = hashlib.sha256(), b""
+        self._file.seek(self.starts[name])
+        for chunk in chunks:
+            self._file.write(chunk)
+            digest.update(chunk)
+            first = first or bytes(chunk[:FIRST_BYTES])
+            self._progress(len(chunk))
+        self._told[name] = StoredTensor(info.shape, info.dtype, info.nbytes, digest.hexdigest(), first.hex())
+
+    def done(self) -> StoredFile:
+        """When all tensors are written: what the manifest tells of the file."""
+        self._file.seek(0)
+        whole = hashlib.file_digest(self._file, "sha256").hexdigest()
+        keep(self._file)
+        plot = self._plot
+        tensors = {name: self._told[name] for name in self.starts}
+        quantized = {
+            name: QuantizedTensor(making.shape, NAMES[making.dtype], tuple(making.parts))
+            for name, making in plot.made.items()
+        }
+        return StoredFile(plot.name, plot.span, plot.nbytes, whole, tensors, quantized)
 
 
 def _copy(source: Path, target: Path) -> SmallFile:

@@ -17,27 +17,13 @@ from distllm.model import raw
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.files import LocalFiles, TensorInfo
 from distllm.model.manifest import Manifest
+from distllm.model.tensors import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 Fetch = Callable[[str, memoryview], None]
 """Fills a buffer with the bytes of the tensor of this name."""
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ class Recipe:
             "bnb_int8": bnb.BnbInt8(),
             "bnb_nf4": bnb.BnbNF4(),
         }
-        return cls(named[config.method], named.get(config.head))
+        return cls(named[config.method], named.get(config.head_method))
 
     def of_layer(self, layer: nn.Module) -> Iterator[Choice]:
         """The linear layers of one layer of the model that are quantized, and how."""

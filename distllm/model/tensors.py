@@ -27,8 +27,22 @@ if TYPE_CHECKING:
 # about 0.3 ms on a CPU that reads 30 GB/s. Only a first guess: the times of the stages replace it.
 LAYER_OVERHEAD_BYTES = 8 * 10**6
 
-# What files call the types that models run in.
-HELD = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+# Types of numbers by what files call them, and the other way round.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorMap:
@@ -195,7 +209,7 @@ class TensorMap:
     def used_in_place(self, names: Collection[str], dtype: torch.dtype) -> bool:
         """Whether tensors stay where they lie in mapped files: none is cast, joined with others or cut."""
         infos = [self.checkpoint.tensors[name] for name in names]
-        same = all(info.dtype == HELD[dtype] or not is_float(info) for info in infos)
+        same = all(info.dtype == NAMES[dtype] or not is_float(info) for info in infos)
         return same and all(self.targets[name].pattern is None for name in names)
 
     def parts(self, shard: Shard) -> list[tuple[int | str, list[str]]]:
