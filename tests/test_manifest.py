@@ -49,8 +49,8 @@ def test_of_another_program(values: dict[str, Any]) -> None:
 
 
 def test_of_a_newer_version(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"manifest\.json: is of version 3, but .* reads 1 to 2; update distllm"):
-        parse(PATH, values | {"version": 3})
+    with pytest.raises(ValueError, match=r"manifest\.json: is of version 4, but .* reads 2 to 3; update distllm"):
+        parse(PATH, values | {"version": 4})
 
 
 def test_cut_short(shards: Path, tmp_path: Path) -> None:

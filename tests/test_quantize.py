@@ -19,7 +19,7 @@ from distllm.core import ModelSizes, Plan, Row, SamplingParams, Span, Stage, Ste
 from distllm.model import integers, linear, quantize
 from distllm.model.blueprint import Blueprint
 from distllm.model.bnb import BnbInt8
-from distllm.model.integers import to_int4, to_int8, unpacked
+from distllm.model.integers import Int8Linear, to_int4, to_int8, unpacked
 from distllm.model.quantize import Int4, Int8, Recipe, check_installed
 from distllm.model.runner import Runner
 
@@ -85,6 +85,19 @@ def test_weights_that_are_all_alike(value: float) -> None:
     plain.weight.fill_(value)
     for restored in (restored8(plain), restored4(plain, 32)):
         torch.testing.assert_close(restored, plain.weight.double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 15, 40])
+def test_integers_that_lie_anywhere(rows: int) -> None:
+    """Torch's kernel of 8 bits crashes where weights do not begin at a multiple of 16 bytes, as in mapped files."""
+    plain = plain_layer(96, 64, torch.bfloat16)
+    wanted = int8(plain)
+    room = torch.empty(96 * 64 + 16, dtype=torch.int8)
+    elsewhere = room[1 - room.data_ptr() % 16 :][: 96 * 64].view(96, 64).copy_(wanted.integers)
+    assert elsewhere.data_ptr() % 16 == 1
+    moved = Int8Linear(elsewhere, wanted.scale, None)
+    input_TI = torch.randn(rows, 64, dtype=torch.bfloat16)
+    assert torch.equal(moved(input_TI), wanted(input_TI))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

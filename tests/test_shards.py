@@ -186,7 +186,7 @@ def test_the_same_model_gives_the_same_bytes(model_of: Callable[[str], Path], tm
 
 def test_the_manifest_tells_sums_and_sizes(shards: Path) -> None:
     values = manifest_of(shards)
-    assert (values["format"], values["version"], values["model_type"]) == ("distllm-shards", 1, "llama")
+    assert (values["format"], values["version"], values["model_type"]) == ("distllm-shards", 2, "llama")
     for file in values["files"]:  # type: ignore[attr-defined]
         content = (shards / file["name"]).read_bytes()
         assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())

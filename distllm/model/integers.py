@@ -26,6 +26,8 @@ MANY_ROWS_8, MANY_ROWS_4 = 28, 128
 SLAB = 2**20
 # The 8-bit kernel reads so many inputs at a time, and beyond the end of those that are fewer.
 KERNEL_INPUTS = 16
+# The 8-bit kernel reads weights only from where its registers want them, and crashes elsewhere.
+KERNEL_ALIGNED_BYTES = 16
 # How often the integers and the scales of 4 bits are fitted to each other; then little is left to gain.
 TURNS = 2
 # In place of a scale of 0, to divide by.
@@ -43,7 +45,8 @@ class Int8Linear(nn.Module):
     def __init__(self, integers: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.bias = bias
-        self.register_buffer("integers", integers)
+        # In a mapped file they may lie anywhere.
+        self.register_buffer("integers", integers.clone() if integers.data_ptr() % KERNEL_ALIGNED_BYTES else integers)
         self.register_buffer("scale", scale)
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:

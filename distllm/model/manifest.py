@@ -19,8 +19,8 @@ from distllm.model.files import Headers, TensorInfo, check_infos
 
 MANIFEST = "manifest.json"
 FORMAT = "distllm-shards"
-# Shards with quantized weights are of the second version.
-VERSIONS = (1, 2)
+# The later one is of shards with quantized weights. Files of version 1 had shorter heads.
+VERSIONS = (2, 3)
 # How weights that lie in files may be quantized.
 STORABLE, GROUPS = ("int8", "int4"), (32, 64, 128, 256)
 # Of each tensor so many bytes are in the manifest itself: they tell another model's file without reading it.

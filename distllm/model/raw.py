@@ -14,6 +14,8 @@ from distllm.model.files import ITEM_BYTES, TensorInfo
 
 CHUNK_BYTES = 4 * 2**20
 LENGTH_BYTES = 8
+# What is used where it lies in a mapped file had better begin where the CPU's wide registers want it.
+ALIGNED_BYTES = 64
 
 
 def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
@@ -29,7 +31,7 @@ def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
         offsets[name], end = end, end + info.nbytes
         header[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offsets[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNED_BYTES)
     head = len(text).to_bytes(LENGTH_BYTES, "little") + text
     return head, {name: len(head) + offset for name, offset in offsets.items()}
 
