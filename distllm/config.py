@@ -23,6 +23,7 @@ CHOICES = {
     "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
     "quantization.head": ("auto", "none", "int8", "int4"),
     "weights.source": ("own", "push"),
+    "weights.compression": ("none", "zstd"),
     "plan.strategy": ("balanced", "even", "manual"),
     "shard.by": ("bytes", "layers"),
     "bench.measure": ("tokens", "loading"),
@@ -128,6 +129,7 @@ class WeightsConfig:
     source: str = key("own", "own (each rank has the files, or downloads its own) or push (rank 0 sends them)")
     stages: list[int] | None = key(None, "ranks that rank 0 sends theirs to, such as [2]; by default all others")
     streams: int = key(4, "connections at once of each rank that is sent its weights")
+    compression: str = key("none", "of what rank 0 sends: none or zstd, which pays on lines below about 2 Gbit/s")
 
     def pushed(self, rank: int) -> bool:
         """Whether a rank gets its weights from rank 0."""

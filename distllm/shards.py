@@ -18,6 +18,7 @@ from distllm.config import CHOICES, ModelConfig, QuantizationConfig, one_of
 from distllm.core import ModelSizes
 from distllm.plan.cut import cut_as_told, cut_by_bytes, cut_by_layers
 from distllm.plan.partition import Split, human_bytes
+from distllm.validation import validate_quantization
 
 if TYPE_CHECKING:
     from distllm.model.blueprint import Blueprint
@@ -64,12 +65,14 @@ def shard_model(
 
     quantization = QuantizationConfig.of(quantization)
     one_of("shard.by", by, CHOICES["shard.by"])
-    one_of("quantization.method", quantization.method, CHOICES["quantization.method"])
+    validate_quantization(quantization)
     carve.check_storable(quantization)
     check_target(output)
     blueprint = _whole(model if isinstance(model, ModelConfig) else ModelConfig(path=str(model)))
     sizes = blueprint.sizes_with(quantization)
     spans = _cut(sizes.quantized or sizes, stages, by, layers)
+    if beyond := [stage for stage in quantization.stages or () if stage >= len(spans)]:
+        raise ValueError(f"quantization.stages names stage {beyond[0]}: there are stages 0 to {len(spans) - 1}")
     plots = carve.plots(blueprint, spans, quantization)
     small = carve.taken_along(blueprint.checkpoint.path)
     needed = sum(plot.nbytes for plot in plots) + sum(path.stat().st_size for path in small)

@@ -121,8 +121,9 @@ def validate_engine(
     sections |= {"plan": plan, "engine": engine}
     for name, section in sections.items():
         _check_values(f"{name}.", section)
-    if quantization.method == "none" and quantization.stages is not None:
-        raise ValueError("quantization.stages is given without a method: add quantization=int8 or another")
+    validate_quantization(quantization)
+    if weights.source == "own" and weights.compression != "none":
+        raise ValueError(f"weights.compression={weights.compression} is for what rank 0 sends: add weights=push")
     if weights.source == "own" and weights.stages is not None:
         raise ValueError("weights.stages names ranks that rank 0 sends their weights to: add weights=push")
     if (plan.strategy == "manual") != (plan.layers is not None):
@@ -132,6 +133,18 @@ def validate_engine(
             f"engine.kv_tokens={engine.kv_tokens}: it must be at least one block, engine.block_tokens="
             f"{engine.block_tokens}"
         )
+
+
+def validate_quantization(quantization: QuantizationConfig) -> None:
+    """The same of one section alone.
+
+    Raises:
+        ValueError: names the key, the value and the fix.
+    """
+    _check_values("quantization.", quantization)
+    if quantization.method == "none" and quantization != QuantizationConfig():
+        given = next(item.name for item in fields(quantization) if getattr(quantization, item.name) != item.default)
+        raise ValueError(f"quantization.{given} is given without a method: add quantization=int8 or another")
 
 
 def _check_values(prefix: str, section: Section) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import http.client
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from proxy import Proxy
 
 from distllm.net.address import loopback
-from distllm.net.push import CHUNK_BYTES, Extent, Offer, Receiver, Sender
+from distllm.net.fetch import Receiver
+from distllm.net.push import CHUNK_BYTES, Extent, Offer, Sender
 
 NBYTES = 5 * CHUNK_BYTES + 17
 START = 11
@@ -33,9 +36,11 @@ def sender(file: Path) -> Iterator[Sender]:
         yield serving
 
 
-def fetched(offer: Offer, name: str, nbytes: int, *, streams: int = 3, patience_s: float = 5.0) -> bytes:
+def fetched(
+    offer: Offer, name: str, nbytes: int, *, streams: int = 3, patience_s: float = 5.0, compressed: bool = False
+) -> bytes:
     content = bytearray(nbytes)
-    with Receiver(offer, streams=streams, patience_s=patience_s) as receiver:
+    with Receiver(offer, streams=streams, patience_s=patience_s, compressed=compressed) as receiver:
         receiver.fetch(name, memoryview(content), lambda: None)
     return bytes(content)
 
@@ -102,8 +107,28 @@ def test_a_line_that_damages_everything_is_given_up(sender: Sender) -> None:
 def test_nobody_there(sender: Sender) -> None:
     with Proxy(sender.offer.port) as proxy:
         offer = through(proxy, sender)
-    with pytest.raises(ValueError, match=r"^tensor small does not come from rank 0 at .* for 0\.5 s: .*refused"):
+    with pytest.raises(ValueError, match=r"^tensor small does not come from rank 0 at .* for 0\.[5-9] s: .*refused"):
         fetched(offer, "small", 2, patience_s=0.5)
+
+
+def test_whoever_still_fetches_fails_when_it_is_given_up(sender: Sender) -> None:
+    """A loader may have threads of its own, which are still at it when another one has failed."""
+    failures: list[Exception] = []
+
+    def fetch_on(receiver: Receiver) -> None:
+        try:
+            while True:
+                receiver.fetch("a/b c?", memoryview(bytearray(NBYTES)), lambda: None)
+        except ValueError as error:
+            failures.append(error)
+
+    with Receiver(sender.offer, streams=1, patience_s=5.0) as receiver:
+        threads = [threading.Thread(target=fetch_on, args=(receiver,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [str(failure) for failure in failures] == ["loading was given up"] * 3
 
 
 def test_after_a_failure_everything_fails_at_once(sender: Sender) -> None:
@@ -114,6 +139,33 @@ def test_after_a_failure_everything_fails_at_once(sender: Sender) -> None:
             receiver.fetch("none", memoryview(bytearray(2)), lambda: None)
         with pytest.raises(ValueError, match=r"^tensor none "):
             receiver.fetch("small", memoryview(bytearray(2)), lambda: None)
+
+
+@pytest.mark.parametrize("item_bytes", [1, 2, 8])
+def test_compressed_bytes_are_the_same(tmp_path: Path, item_bytes: int) -> None:
+    """Weights take less room on the way; the checksum is that of what is unpacked."""
+    content = torch.randn(3_000_000).bfloat16().view(torch.uint8).numpy().tobytes()[:5_000_008]
+    (tmp_path / "weights").write_bytes(content)
+    extents = {"weights": Extent(tmp_path / "weights", 0, len(content), item_bytes)}
+    with Sender(loopback(), extents) as sender, Proxy(sender.offer.port) as proxy:
+        assert fetched(through(proxy, sender), "weights", len(content), compressed=True) == content
+        assert len(content) * 0.5 < proxy.passed < len(content) * (0.8 if item_bytes == 2 else 1.01)
+
+
+def test_a_flipped_bit_in_compressed_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = torch.randn(1_000_000).bfloat16().view(torch.uint8).numpy().tobytes()
+    (tmp_path / "weights").write_bytes(content)
+    extents = {"weights": Extent(tmp_path / "weights", 0, len(content), 2)}
+    with Sender(loopback(), extents) as sender, Proxy(sender.offer.port, flips=2) as proxy:
+        assert fetched(through(proxy, sender), "weights", len(content), compressed=True) == content
+        assert proxy.flipped == 2
+    assert caplog.text.count("arrived damaged and was refused") == 2
+
+
+def test_without_the_library(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ValueError, match=r"^weights\.compression=zstd needs zstandard: pip install 'distllm\[zstd\]'$"):
+        fetched(sender.offer, "small", 2, compressed=True)
 
 
 def test_a_file_that_is_cut_short_meanwhile(sender: Sender, file: Path) -> None:

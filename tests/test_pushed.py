@@ -29,7 +29,7 @@ def reader(checkpoint: Checkpoint, fetched: list[str]) -> Callable[[str, memoryv
     places = extents(checkpoint, {file for info in checkpoint.tensors.values() for file in info.files})
 
     def fetch(name: str, into: memoryview) -> None:
-        path, start, nbytes = places[name]
+        path, start, nbytes, _ = places[name]
         fetched.append(name)
         assert len(into) == nbytes
         into[:] = path.read_bytes()[start : start + nbytes]

@@ -150,6 +150,10 @@ def test_what_cannot_be(model_of: Callable[[str], Path], tmp_path: Path) -> None
         shard_model(model, tmp_path / "none", stages=2, quantization="bnb_nf4")
     with pytest.raises(ValueError, match=r"^quantization\.method=int5: it must be one of none, int8, int4,"):
         shard_model(model, tmp_path / "none", stages=2, quantization="int5")
+    with pytest.raises(ValueError, match=r"^quantization\.group=7: it must be 32, 64, 128 or 256"):
+        shard_model(model, tmp_path / "none", stages=2, quantization=QuantizationConfig(method="int4", group=7))
+    with pytest.raises(ValueError, match=r"^quantization\.stages names stage 2: there are stages 0 to 1$"):
+        shard_model(model, tmp_path / "none", stages=2, quantization=QuantizationConfig(method="int8", stages=[1, 2]))
     shards = cut(model, tmp_path / "shards", QuantizationConfig(method="int8"))
     with pytest.raises(ValueError, match=f"^{shards}: its weights were quantized .int8., so the model cannot"):
         reconstruct_model(shards, tmp_path / "none")
@@ -170,6 +174,15 @@ def _weight(found: dict[str, Any]) -> dict[str, Any]:
     return weight
 
 
+def _integers(found: dict[str, Any]) -> dict[str, Any]:
+    tensor: dict[str, Any] = _file(found)["tensors"]["model.layers.0.mlp.up_proj.weight.integers"]
+    return tensor
+
+
+def _plain_copy(found: dict[str, Any]) -> dict[str, Any]:
+    return {"model.layers.0.mlp.up_proj.weight": _integers(found)}
+
+
 BROKEN: dict[str, tuple[Change, str]] = {
     "no such method": (lambda found: found["quantization"].update(method="int5"), "no such quantization"),
     "no such head": (lambda found: found["quantization"].update(head="bnb_nf4"), "no such quantization"),
@@ -179,13 +192,22 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda found: found.pop("quantization"),
         "does not say how the weights of",
     ),
-    "no such part": (lambda found: _weight(found).update(parts=["integers", "x"]), "lacks model.layers.0.mlp.up_proj"),
-    "no part": (lambda found: _weight(found).update(parts=[]), "tensor model.layers.0.mlp.up_proj.weight."),
+    "no such part": (
+        lambda found: _weight(found).update(parts=["integers", "x"]),
+        "lacks a part of model.layers.0",
+    ),
+    "no part": (lambda found: _weight(found).update(parts=[]), "lacks a part of model.layers.0"),
     "one part": (lambda found: _weight(found).update(parts=["scale"]), "model.layers.0.mlp.up_proj.weight"),
     "odd shape": (lambda found: _weight(found).update(shape=[-1]), "has the shape [-1]"),
     "other shape": (lambda found: _weight(found).update(shape=[64, 128]), "has shape (64, 128)"),
     "other method": (lambda found: found["quantization"].update(method="int4"), "lies there as"),
     "odd type": (lambda found: _weight(found).update(dtype="X"), "holds tensors of type X"),
+    "other stages": (lambda found: found["quantization"].update(stages=[1]), "does not say how the weights of stage-0"),
+    "odd stages": (lambda found: found["quantization"].update(stages=["a"]), "no such quantization"),
+    "plain elsewhere": (lambda found: found["files"][1]["tensors"].update(_plain_copy(found)), "differ from file to"),
+    "odd sum": (lambda found: _file(found).update(sha256=None), "sha256 is None"),
+    "odd bytes": (lambda found: found["small_files"]["config.json"].update(bytes="x"), "bytes is 'x'"),
+    "integers of floats": (lambda found: _integers(found).update(dtype="F8_E4M3"), "lies there as"),
 }
 
 

@@ -50,6 +50,8 @@ def bench_loading(config: Config) -> int:
     """
     blueprint = open_blueprint(config.model)
     checkpoint = blueprint.checkpoint
+    if config.quantization.method != "none" or checkpoint.quantization is not None:
+        raise ValueError("bench.measure=loading is of weights that are not quantized: leave quantization out")
     names = sorted({info.file for info in checkpoint.tensors.values()})
     checkpoint.fetch(names)
     files = [checkpoint.path.resolve() / name for name in names]

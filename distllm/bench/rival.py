@@ -195,7 +195,9 @@ def loader(name: str, how: str, match: Match) -> Rival:
     Args:
         how: packed or in-place, by distllm, or transformers.
     """
-    return _run(name, [sys.executable, "-m", "distllm.bench.rivals.load", f"--how={how}"], match)
+    # transformers' loader, which distllm uses too, has threads of its own unless it is told otherwise.
+    command = ["env", "HF_DEACTIVATE_ASYNC_LOAD=1", sys.executable, "-m", "distllm.bench.rivals.load"]
+    return _run(name, [*command, f"--how={how}"], match)
 
 
 def _generate(name: str, launcher: Sequence[str], match: Match, options: Sequence[str]) -> Rival:

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -22,7 +22,7 @@ from distllm.engine.loading import Loaded, load
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
-from distllm.engine.sending import sending
+from distllm.engine.sending import gather, pushed_ranks, sending
 from distllm.engine.stored import check_stored, stored_quantization, stored_wish
 from distllm.model.blueprint import Blueprint
 from distllm.model.quantize import check_installed
@@ -60,6 +60,7 @@ class Job:
     """
 
     def __init__(self, options: Options, blueprint: Blueprint, cluster: Cluster | None) -> None:
+        wanted = options
         options = replace(options, quantization=stored_quantization(options.quantization, blueprint.checkpoint))
         self.options = options
         self.blueprint = blueprint
@@ -67,6 +68,7 @@ class Job:
         if options.quantization.on(0):
             check_installed(options.quantization.method)
         self.members: Sequence[Member] = _members(cluster, options)
+        _check_ranks(wanted, len(self.members))
         self.sizes: ModelSizes = blueprint.sizes_with(options.quantization)
         self.wish = stored_wish(_wish(options, blueprint.sizes), blueprint, len(self.members))
         self.plan: Plan = self._first_plan()
@@ -155,7 +157,7 @@ class Job:
         """One epoch: every member of the plan loads, then all join one ring."""
         others = [stage.rank for stage in plan.stages[1:]]
         totals = {stage.rank: self.blueprint.sizes.weight_bytes(stage.span) for stage in plan.stages}
-        with self._sending(plan) as pushes, LoadProgress(totals) as progress:
+        with LoadProgress(totals) as progress, self._sending(plan, progress) as pushes:
             orders = self._orders(plan, pushes)
             torch.set_num_threads(orders[0].threads)
             if self._cluster is not None:
@@ -200,10 +202,21 @@ class Job:
         except WireBroken as broken:
             raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
 
-    def _sending(self, plan: Plan) -> AbstractContextManager[Mapping[int, Push]]:
-        if self._cluster is None:
-            return nullcontext({})
-        return sending(self.options.weights, self.blueprint, plan, self._cluster.node.interface)
+    @contextmanager
+    def _sending(self, plan: Plan, progress: LoadProgress) -> Iterator[Mapping[int, Push]]:
+        """What to tell the ranks that are sent their weights."""
+        weights, cluster = self.options.weights, self._cluster
+        ranks = pushed_ranks(weights, plan)
+        if cluster is None or not ranks:
+            yield {}
+            return
+        gathering = in_thread(partial(gather, weights, self.blueprint, plan, lambda: progress.add_mine(0)))
+        cluster.attend(ranks, gathering)
+        with rank_0_is("looking for the weights of other ranks"):
+            extents = gathering.result()
+        logger.info("rank 0 sends their weights to ranks %s", ", ".join(map(str, ranks)))
+        with sending(weights, self.blueprint.checkpoint, extents, cluster.node.interface) as push:
+            yield dict.fromkeys(ranks, push)
 
     def _orders(self, plan: Plan, pushes: Mapping[int, Push]) -> dict[int, LoadOrder]:
         self._epoch = self._cluster.new_epoch() if self._cluster else self._epoch + 1
@@ -242,20 +255,23 @@ class Job:
 
 
 def _members(cluster: Cluster | None, options: Options) -> list[Member]:
-    """
-    Raises:
-        ValueError: a rank is to quantize, or to be sent its weights, that is not there.
-    """
     fraction, quantization = options.plan.memory_fraction, options.quantization
     if cluster is None:
         me = host.describe(0)
         members = [replace(me, memory_bytes=int(me.memory_bytes * fraction))]
     else:
         members = cluster.shared_out(fraction)
-    for section, named in (("quantization", quantization.stages), ("weights", options.weights.stages)):
-        if beyond := [rank for rank in named or () if rank >= len(members)]:
-            raise ValueError(f"{section}.stages names rank {beyond[0]}: the job has ranks 0 to {len(members) - 1}")
     return [replace(member, quantizes=quantization.on(member.rank)) for member in members]
+
+
+def _check_ranks(options: Options, ranks: int) -> None:
+    """
+    Raises:
+        ValueError: a rank is to quantize, or to be sent its weights, that is not there.
+    """
+    for section, named in (("quantization", options.quantization.stages), ("weights", options.weights.stages)):
+        if beyond := [rank for rank in named or () if rank >= ranks]:
+            raise ValueError(f"{section}.stages names rank {beyond[0]}: the job has ranks 0 to {ranks - 1}")
 
 
 def _wish(options: Options, sizes: ModelSizes) -> PlanWish:

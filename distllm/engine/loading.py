@@ -17,7 +17,7 @@ from distllm.model.pushed import PushedCheckpoint
 from distllm.model.quantize import Recipe
 from distllm.model.runner import Runner
 from distllm.net import frame as frames
-from distllm.net.push import Receiver
+from distllm.net.fetch import Receiver
 
 # How long a rank that is sent its weights tries to go on after a connection broke.
 PATIENCE_S = 30.0
@@ -69,8 +69,9 @@ def _checkpoint(order: LoadOrder, alive: Callable[[], None]) -> Iterator[Checkpo
     if order.push is None:
         yield Checkpoint(source.files(order.model), order.tensors, manifest=order.manifest, verify=order.model.verify)
         return
-    with Receiver(order.push.offer, streams=order.push.streams, patience_s=PATIENCE_S) as receiver:
-        yield PushedCheckpoint(order.push.told, order.tensors, order.manifest, partial(receiver.fetch, alive=alive))
+    push = order.push
+    with Receiver(push.offer, streams=push.streams, patience_s=PATIENCE_S, compressed=push.compressed) as receiver:
+        yield PushedCheckpoint(push.told, order.tensors, order.manifest, partial(receiver.fetch, alive=alive))
 
 
 def _blueprint(order: LoadOrder, checkpoint: Checkpoint) -> Blueprint:

@@ -40,11 +40,13 @@ class Registration:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a rank that has no files of the model needs besides: where to fetch weights, over how many connections."""
+    """What a rank that has no files of the model needs besides: where to fetch weights, over how many connections, and
+    whether to have them compressed."""
 
     told: Told
     offer: Offer
     streams: int
+    compressed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

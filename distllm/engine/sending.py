@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from distllm.config import WeightsConfig
@@ -11,31 +10,50 @@ from distllm.core import Plan
 from distllm.engine.orders import Push
 from distllm.model import pushed
 from distllm.model.blueprint import Blueprint
+from distllm.model.checkpoint import Checkpoint
 from distllm.model.pushed import Told
+from distllm.net import squeeze
 from distllm.net.address import Interface
 from distllm.net.push import Extent, Sender
 
-logger = logging.getLogger(__name__)
+
+def pushed_ranks(weights: WeightsConfig, plan: Plan) -> list[int]:
+    """Ranks of the plan that rank 0 sends their weights to."""
+    return [stage.rank for stage in plan.stages if weights.pushed(stage.rank)]
+
+
+def gather(weights: WeightsConfig, blueprint: Blueprint, plan: Plan, alive: Callable[[], None]) -> dict[str, Extent]:
+    """Makes sure that rank 0 has the files of the ranks that it sends to; tells where in them each tensor lies.
+
+    Args:
+        alive: called while it goes on.
+
+    Raises:
+        ValueError: rank 0 does not have them, or not whole, or lacks the library for compression.
+    """
+    if weights.compression != "none":
+        squeeze.library()
+    files = set[str]().union(*(blueprint.files_of(plan, rank) for rank in pushed_ranks(weights, plan)))
+    blueprint.checkpoint.fetch(files, alive)
+    return {name: Extent(*place) for name, place in pushed.extents(blueprint.checkpoint, files).items()}
 
 
 @contextmanager
 def sending(
-    weights: WeightsConfig, blueprint: Blueprint, plan: Plan, interface: Interface
-) -> Iterator[Mapping[int, Push]]:
-    """What to tell the ranks that are sent their weights, by rank; none if each has its own.
+    weights: WeightsConfig, checkpoint: Checkpoint, extents: Mapping[str, Extent], interface: Interface
+) -> Iterator[Push]:
+    """Offers tensors for as long as ranks load; gives what to tell them.
 
     Raises:
-        ValueError: rank 0 does not have their files, or not whole.
+        ValueError: rank 0 cannot listen on the interface.
     """
-    ranks = [stage.rank for stage in plan.stages if weights.pushed(stage.rank)]
-    if not ranks:
-        yield {}
-        return
-    checkpoint = blueprint.checkpoint
-    files = set[str]().union(*(blueprint.files_of(plan, rank) for rank in ranks))
-    checkpoint.fetch(files)
-    extents = {name: Extent(*place) for name, place in pushed.extents(checkpoint, files).items()}
-    with Sender(interface, extents) as sender:
-        logger.info("rank 0 sends their weights to ranks %s", ", ".join(map(str, ranks)))
-        push = Push(Told(checkpoint.path, checkpoint.whole_config), sender.offer, weights.streams)
-        yield dict.fromkeys(ranks, push)
+    try:
+        sender = Sender(interface, extents)
+    except OSError as error:
+        raise ValueError(
+            f"weights=push: rank 0 cannot listen on {interface.address} ({interface.name}): {error}; "
+            "name another by cluster.interface"
+        ) from error
+    with sender:
+        told = Told(checkpoint.path, checkpoint.whole_config)
+        yield Push(told, sender.offer, weights.streams, compressed=weights.compression != "none")

@@ -44,7 +44,8 @@ def stored_quantization(wanted: QuantizationConfig, checkpoint: Checkpoint) -> Q
     if stored is not None and wanted.method != "none" and replace(wanted, head=wanted.head_method) != stored:
         raise ValueError(
             f"{checkpoint.path}: its weights are quantized already, with quantization={stored.method} "
-            f"quantization.head={stored.head} quantization.group={stored.group}; leave quantization out"
+            f"quantization.head={stored.head} quantization.group={stored.group}"
+            f"{'' if stored.stages is None else f' on stages {stored.stages}'}; leave quantization out"
         )
     return stored or wanted
 

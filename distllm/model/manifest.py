@@ -230,7 +230,7 @@ def parse(path: Path, values: Mapping[str, Any]) -> Manifest | None:
         manifest = Manifest(
             model_type=str(values["model_type"]),
             files=tuple(_file(each) for each in values["files"]),
-            small_files={name: SmallFile(**each) for name, each in values["small_files"].items()},
+            small_files={name: SmallFile(**_typed(each)) for name, each in values["small_files"].items()},
             quantization=_quantization(values.get("quantization")),
         )
         _check(path, manifest)
@@ -240,13 +240,28 @@ def parse(path: Path, values: Mapping[str, Any]) -> Manifest | None:
 
 
 def _file(values: Mapping[str, Any]) -> StoredFile:
-    tensors = {name: StoredTensor(**each | {"shape": tuple(each["shape"])}) for name, each in values["tensors"].items()}
+    tensors = {
+        name: StoredTensor(**_typed(each) | {"shape": tuple(each["shape"])}) for name, each in values["tensors"].items()
+    }
     span = None if values["span"] is None else Span(**values["span"])
     quantized = {
         name: QuantizedTensor(tuple(each["shape"]), each["dtype"], tuple(each["parts"]))
         for name, each in values.get("quantized", {}).items()
     }
-    return StoredFile(values["name"], span, values["bytes"], values["sha256"], tensors, quantized)
+    told = _typed({key: values[key] for key in ("name", "bytes", "sha256")})
+    return StoredFile(**told, span=span, tensors=tensors, quantized=quantized)
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Raises:
+        TypeError: a text or a number is none.
+    """
+    for key, value in values.items():
+        wanted = {"bytes": int, "name": str, "sha256": str, "first": str}.get(key)
+        if wanted is not None and type(value) is not wanted:
+            raise TypeError(f"{key} is {value!r}")
+    return dict(values)
 
 
 def _quantization(values: Mapping[str, Any] | None) -> Quantized | None:
@@ -254,7 +269,8 @@ def _quantization(values: Mapping[str, Any] | None) -> Quantized | None:
         return None
     stages = values["stages"]
     found = Quantized(values["method"], values["head"], values["group"], None if stages is None else tuple(stages))
-    if found.method not in STORABLE or found.head not in ("none", *STORABLE) or found.group not in GROUPS:
+    ranks = all(type(stage) is int and stage >= 0 for stage in found.stages or ())
+    if found.method not in STORABLE or found.head not in ("none", *STORABLE) or found.group not in GROUPS or not ranks:
         raise TypeError(f"no such quantization: {found}")
     return found
 
@@ -267,25 +283,38 @@ def _check(path: Path, manifest: Manifest) -> None:
     for name in (*(file.name for file in manifest.files), *manifest.small_files):
         if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{path}: names the file {name!r}, which is outside of the folder; copy it again")
+    _check_quantized(path, manifest)
     for file in manifest.files:
-        if file.quantized and manifest.quantization is None:
-            raise ValueError(f"{path}: does not say how the weights of {file.name} were quantized; copy it again")
         check_infos(path, file.infos)
         check_infos(path, file.weights)
-        missing = [
-            f"{name}.{part}"
-            for name, each in file.quantized.items()
-            for part in each.parts
-            if f"{name}.{part}" not in file.tensors
-        ]
-        if missing:
-            raise ValueError(f"{path}: {file.name} lacks {missing[0]}, a part of a weight; copy it again")
         sizes = [info.nbytes for info in file.infos.values()]
         head, _ = raw.layout(file.infos)
         if sizes != [each.bytes for each in file.tensors.values()] or file.bytes != len(head) + sum(sizes):
             raise ValueError(f"{path}: the tensors of {file.name} do not add up to its bytes; copy it again")
     if not _follow(manifest.spans) or len({file.name for file in manifest.files}) < len(manifest.files):
         raise ValueError(f"{path}: its stages do not follow each other; copy it again")
+
+
+def _check_quantized(path: Path, manifest: Manifest) -> None:
+    """
+    Raises:
+        ValueError: quantized weights lack a part, lie where they should not, or differ from file to file.
+    """
+    quantization = manifest.quantization
+    numbers = {file.name: stage for stage, file in enumerate(manifest.stages)}
+    kinds: dict[str, object] = {}
+    for file in manifest.files:
+        stages = () if quantization is None else quantization.stages
+        if file.quantized and not (stages is None or numbers.get(file.name) in stages):
+            raise ValueError(f"{path}: does not say how the weights of {file.name} were quantized; copy it again")
+        for name, each in file.quantized.items():
+            missing = [part for part in each.parts if f"{name}.{part}" not in file.tensors]
+            if missing or not each.parts:
+                raise ValueError(f"{path}: {file.name} lacks a part of {name}; copy it again")
+        for name, info in file.weights.items():
+            kind = info.shape, info.dtype, name in file.quantized and file.quantized[name].parts
+            if kinds.setdefault(name, kind) != kind:
+                raise ValueError(f"{path}: the copies of {name} differ from file to file; copy it again")
 
 
 def _follow(spans: Sequence[Span]) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from distllm.model import raw
 from distllm.model.checkpoint import Checkpoint
-from distllm.model.files import LocalFiles, TensorInfo
+from distllm.model.files import ITEM_BYTES, LocalFiles, TensorInfo
 from distllm.model.manifest import Manifest
 from distllm.model.tensors import DTYPES
 
@@ -78,12 +78,13 @@ class PushedTensor:
         return part
 
 
-def extents(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[Path, int, int]]:
-    """For rank 0: path, first byte and bytes of each tensor that the files of these names hold."""
+def extents(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, tuple[Path, int, int, int]]:
+    """For rank 0, of each tensor that the files of these names hold: path, first byte, bytes, and bytes of a number."""
     found = {}
     for file in sorted(set(names)):
         path = checkpoint.path / file
         for name, start in raw.starts(path).items():
             if name in checkpoint.stored and file in checkpoint.stored[name].files:
-                found[name] = (path, start, checkpoint.stored[name].nbytes)
+                info = checkpoint.stored[name]
+                found[name] = (path, start, info.nbytes, ITEM_BYTES[info.dtype])
     return found

@@ -158,12 +158,11 @@ class Choice:
     scheme: Scheme
 
     @property
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those that its weight has in files; none if it cannot be stored."""
+    def layout(self) -> Layout:
+        """What its weight is stored as; nothing if it cannot be stored."""
         if not isinstance(self.scheme, Int8 | Int4):
             return {}
-        layout = self.scheme.layout(self.plain.out_features, self.plain.in_features, self.plain.weight.dtype)
-        return {part: shape for part, (shape, _) in layout.items()}
+        return self.scheme.layout(self.plain.out_features, self.plain.in_features, self.plain.weight.dtype)
 
 
 def _fitting(wanted: Scheme, plain: nn.Linear) -> Scheme:

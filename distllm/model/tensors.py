@@ -155,17 +155,19 @@ class TensorMap:
         """Holds weights that lie quantized in the files against the model's sizes.
 
         Raises:
-            ValueError: a part is missing, of another shape, or none that the recipe makes; names file and tensor.
+            ValueError: a part is missing, of another shape or type, or none that the recipe makes; names file and
+                tensor.
         """
         chosen = self.chosen(self._model, recipe)
         for name in filter(self.is_ready, self.targets):
             file, parameter = self.checkpoint.tensors[name].file, self.targets[name].parameter
-            stored = self.checkpoint.stored_as(name, file)
-            shapes = {part: self.checkpoint.stored[each].shape for part, each in stored.items()}
-            wanted = chosen[parameter].stored_shapes if parameter in chosen else {}
-            if shapes != wanted:
+            parts = {part: self.checkpoint.stored[each] for part, each in self.checkpoint.stored_as(name, file).items()}
+            found = {part: (info.shape, _kind(DTYPES[info.dtype])) for part, info in parts.items()}
+            layout = chosen[parameter].layout if parameter in chosen else {}
+            wanted = {part: (shape, _kind(dtype)) for part, (shape, dtype) in layout.items()}
+            if found != wanted:
                 raise ValueError(
-                    f"{self.checkpoint.path / file}: tensor {name} lies there as {shapes}, but config.json and "
+                    f"{self.checkpoint.path / file}: tensor {name} lies there as {found}, but config.json and "
                     f"manifest.json ask for {wanted}; copy both again"
                 )
 
@@ -218,6 +220,11 @@ class TensorMap:
         for name in self.owned(shard):
             parts.setdefault(self._part(self.targets[name].parameter), []).append(name)
         return sorted(parts.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """A type of integers by its name; of scales any will do that a model runs in."""
+    return "a float" if dtype in (torch.float32, torch.bfloat16, torch.float16) else NAMES[dtype]
 
 
 def _held_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> int:

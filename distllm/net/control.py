@@ -179,10 +179,13 @@ class Peer:
         """Waits until the owner has told that it knows of this reference.
 
         Raises:
-            PeerLost: it did not within the time.
+            PeerLost: it did not within the time, or its connection is closed.
         """
         deadline = time.monotonic() + timeout_s
+        made = self._reference._get_future()
         while not self._reference.confirmed_by_owner():
+            if made.done():
+                Answer(self.identity.name, made).wait()  # raises, if making it failed
             if time.monotonic() > deadline:
                 raise PeerLost(self.identity.name, "it does not answer", timed_out=True)
             time.sleep(LISTEN_S)

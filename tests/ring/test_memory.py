@@ -39,8 +39,8 @@ def one_layer_moves(plan, members, sizes, wish, min_gain):
 job.rebalanced = one_layer_moves
 engine = EngineConfig(kv_tokens=2048, prompt_chunk=64, max_requests=8)
 plan = PlanConfig(calibrate=sys.argv[2] == "moved")
-cluster = ClusterConfig(workers=3, threads=1)
-with LLM(sys.argv[1], dtype="bfloat16", quantization=sys.argv[3], cluster=cluster, engine=engine, plan=plan) as llm:
+sections = {"cluster": ClusterConfig(workers=3, threads=1), "engine": engine, "plan": plan}
+with LLM(sys.argv[1], dtype="bfloat16", quantization=sys.argv[3], weights=sys.argv[4], **sections) as llm:
     llm.generate(["hello"] * 3, SamplingParams(max_tokens=4, ignore_eos=True))
     plans.append(llm.plan)
     held = [[stage.weight_bytes for stage in plan.stages] for plan in plans]
@@ -91,7 +91,7 @@ def check_peaks(ranks: list[dict[str, int]], held: list[int], one_more: int = 0)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rank_holds_its_own_part_and_little_more(tmp_path: Path, tied: bool, moved: bool) -> None:
     checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, layers=18, tied=tied)
-    told = json.loads(run(RANKS, str(tmp_path), "moved" if moved else "stays", "none"))
+    told = json.loads(run(RANKS, str(tmp_path), "moved" if moved else "stays", "none", "own"))
     ranks, plans = told["ranks"], told["held"]
     assert len(plans) == 1 + moved
     assert (plans[0] != plans[-1]) == moved
@@ -105,8 +105,19 @@ def test_a_rank_holds_its_own_part_and_little_more(tmp_path: Path, tied: bool, m
 @pytest.mark.parametrize("method", ["none", "int8", "int4"])
 def test_casting_and_quantizing_take_one_more_layer(tmp_path: Path, method: str) -> None:
     checkpoint, table = make_checkpoint(tmp_path, torch.float32, layers=9, tied=True)
-    told = json.loads(run(RANKS, str(tmp_path), "stays", method))
+    told = json.loads(run(RANKS, str(tmp_path), "stays", method, "own"))
     layer = (checkpoint - table) // 9
     assert sum(rank["read_bytes"] for rank in told["ranks"]) == checkpoint + table
     assert sum(*told["held"]) < {"none": 0.56, "int8": 0.33, "int4": 0.25}[method] * checkpoint
     check_peaks(told["ranks"], *told["held"], one_more=layer + layer // 2)  # as it is stored, and cast
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["none", "int4"])
+def test_weights_that_are_sent_take_one_more_layer(tmp_path: Path, method: str) -> None:
+    """Nothing of a rank is mapped then: a layer is there as it was sent, and packed or quantized."""
+    checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, layers=18, tied=True)
+    told = json.loads(run(RANKS, str(tmp_path), "stays", method, "push"))
+    assert sum(rank["read_bytes"] for rank in told["ranks"]) == checkpoint + table
+    check_peaks(told["ranks"], *told["held"], one_more=(checkpoint - table) // 18)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from conftest import Job, agent_per_rank
@@ -108,7 +108,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         yield made
 
 
-def llm(model: Path, **options: int) -> LLM:
+def llm(model: Path, **options: Any) -> LLM:
     return LLM(
         model,
         dtype="float32",
@@ -147,6 +147,13 @@ def test_a_line_that_damages_everything_is_named(model: Path, proxies: list[Prox
     with pytest.raises(EngineError, match=r"^rank [12] \(.*\): tensor model\.\S+ arrives damaged from rank 0 at "):
         llm(model)
     assert proxies[0].flipped >= 3
+
+
+def test_compressed_weights(model: Path, answer: list[int]) -> None:
+    """In fp32, so that each number has four bytes that are sent apart."""
+    with llm(model, compression="zstd") as opened:
+        (output,) = opened.generate([PROMPT], SamplingParams(max_tokens=TOKENS))
+    assert list(output.token_ids) == answer
 
 
 def test_rank_0_lacks_a_file_that_it_should_send(model: Path, tmp_path: Path) -> None:

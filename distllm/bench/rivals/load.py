@@ -9,7 +9,6 @@ import argparse
 import gc
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -46,10 +45,11 @@ def by_transformers(folder: str, dtype: str) -> tuple[object, float]:
     return model, time.perf_counter() - began
 
 
-def memory() -> Any:
-    """Of this process; `rss` and `shared`, pages of files among them, in bytes."""
+def memory() -> tuple[int, int]:
+    """Bytes of this process: all, and those that are no page of a file."""
     gc.collect()
-    return psutil.Process().memory_info()
+    info = psutil.Process().memory_info()
+    return info.rss, info.rss - info.shared
 
 
 def main() -> None:
@@ -60,14 +60,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Pipe()
-    before = memory()
+    before, own_before = memory()
     if given.how == "transformers":
         model, seconds = by_transformers(given.folder, given.dtype)
     else:
         model, seconds = by_distllm(given.folder, given.dtype, pack_weights=given.how == "packed")
-    after = memory()
-    own_bytes = (after.rss - after.shared) - (before.rss - before.shared)
-    pipe.say(seconds=seconds, peak_bytes=host.peak_memory() - before.rss, own_bytes=own_bytes)
+    _, own_after = memory()
+    pipe.say(seconds=seconds, peak_bytes=host.peak_memory() - before, own_bytes=own_after - own_before)
     del model
 
 
