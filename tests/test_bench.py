@@ -181,6 +181,7 @@ def test_a_rival_that_answers_too_little_is_refused() -> None:
             rival.run([(1, 2)], 3)
 
 
+@pytest.mark.slow
 def test_rivals_sleep_while_they_wait_and_end_with_their_pipe(checkpoint: Path) -> None:
     match = Match(folder=checkpoint, dtype="float32", ranks=2, deadline_s=90.0)
     with ExitStack() as opened:

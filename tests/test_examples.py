@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ring.conftest import free_port
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,12 +30,14 @@ def test_under_torchrun(smollm2: Path) -> None:
     assert "rank 1 has served" in done.stderr
 
 
+@pytest.mark.slow
 def test_quantized(smollm2: Path) -> None:
     lines = run(str(EXAMPLES / "quantized.py"), str(smollm2)).stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["int8", "int4"]
     assert all("Paris" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_shards(smollm2: Path) -> None:
     out = run(str(EXAMPLES / "shards.py"), str(smollm2)).stdout
     assert "rank 1 needs stage-1.safetensors, 1" in out

@@ -95,6 +95,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "late": (lambda found: _span(found, 0, start=1), "stages do not follow"),
     "no head": (lambda found: _span(found, 2, head=False), "stages do not follow"),
     "two heads": (lambda found: _span(found, 1, head=True), "stages do not follow"),
+    "copies": (
+        lambda found: found["files"][2]["tensors"]["model.embed_tokens.weight"].update(dtype="I32"),
+        "the copies of model.embed_tokens.weight differ from file to file",
+    ),
     "text": (lambda found: _span(found, 2, stop="5"), "stages do not follow"),
 }
 

@@ -179,10 +179,6 @@ def _integers(found: dict[str, Any]) -> dict[str, Any]:
     return tensor
 
 
-def _plain_copy(found: dict[str, Any]) -> dict[str, Any]:
-    return {"model.layers.0.mlp.up_proj.weight": _integers(found)}
-
-
 BROKEN: dict[str, tuple[Change, str]] = {
     "no such method": (lambda found: found["quantization"].update(method="int5"), "no such quantization"),
     "no such head": (lambda found: found["quantization"].update(head="bnb_nf4"), "no such quantization"),
@@ -204,7 +200,6 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "odd type": (lambda found: _weight(found).update(dtype="X"), "holds tensors of type X"),
     "other stages": (lambda found: found["quantization"].update(stages=[1]), "does not say how the weights of stage-0"),
     "odd stages": (lambda found: found["quantization"].update(stages=["a"]), "no such quantization"),
-    "plain elsewhere": (lambda found: found["files"][1]["tensors"].update(_plain_copy(found)), "differ from file to"),
     "odd sum": (lambda found: _file(found).update(sha256=None), "sha256 is None"),
     "odd bytes": (lambda found: found["small_files"]["config.json"].update(bytes="x"), "bytes is 'x'"),
     "integers of floats": (lambda found: _integers(found).update(dtype="F8_E4M3"), "lies there as"),

@@ -283,7 +283,6 @@ def _check(path: Path, manifest: Manifest) -> None:
     for name in (*(file.name for file in manifest.files), *manifest.small_files):
         if Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{path}: names the file {name!r}, which is outside of the folder; copy it again")
-    _check_quantized(path, manifest)
     for file in manifest.files:
         check_infos(path, file.infos)
         check_infos(path, file.weights)
@@ -291,6 +290,7 @@ def _check(path: Path, manifest: Manifest) -> None:
         head, _ = raw.layout(file.infos)
         if sizes != [each.bytes for each in file.tensors.values()] or file.bytes != len(head) + sum(sizes):
             raise ValueError(f"{path}: the tensors of {file.name} do not add up to its bytes; copy it again")
+    _check_quantized(path, manifest)
     if not _follow(manifest.spans) or len({file.name for file in manifest.files}) < len(manifest.files):
         raise ValueError(f"{path}: its stages do not follow each other; copy it again")
 

@@ -29,6 +29,7 @@ DAMAGED_TRIES = 3
 PAUSE_S = 0.2
 # Whoever refuses connections for so long has ended, or has given the job up.
 REFUSED_S = 3.0
+GIVEN_UP = "loading was given up"
 
 
 class _Damaged(Exception):
@@ -72,10 +73,13 @@ class Receiver:
         Raises:
             ValueError: they do not come, or damaged; the sentence says why. After that, everything fails at once.
         """
-        waiting = {
-            self._pool.submit(self._chunk, name, start, into[start : start + CHUNK_BYTES])
-            for start in range(0, len(into), CHUNK_BYTES)
-        }
+        try:
+            waiting = {
+                self._pool.submit(self._chunk, name, start, into[start : start + CHUNK_BYTES])
+                for start in range(0, len(into), CHUNK_BYTES)
+            }
+        except RuntimeError as error:  # the pool takes nothing more
+            raise ValueError(GIVEN_UP) from error
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for chunk in done:
@@ -132,7 +136,7 @@ class Receiver:
 
     def __exit__(self, *_: object) -> None:
         """Ends the threads and their connections; whoever still fetches fails."""
-        self._failure = self._failure or ValueError("loading was given up")
+        self._failure = self._failure or ValueError(GIVEN_UP)
         self._pool.shutdown(wait=True)
         for line in self._all_lines:
             line.close()

@@ -64,6 +64,7 @@ def test_stages_are_timed_in_little_room(tmp_path: Path, steps_in_flight: int) -
     assert not psutil.Process().children()
 
 
+@pytest.mark.slow
 def test_slow_ranks_get_short_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk as configured would take twice the deadline; the same ring breaks if it starts with one."""
     run = Runner.run

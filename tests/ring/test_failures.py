@@ -46,8 +46,15 @@ def strike(process: psutil.Process, sign: signal.Signals) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("launch", [one_agent, agent_per_rank])
-@pytest.mark.parametrize(("sign", "within_s"), [(signal.SIGKILL, END_S), (signal.SIGSTOP, END_S + DEADLINE_S)])
+@pytest.mark.parametrize(
+    ("sign", "within_s", "launch"),
+    [
+        (signal.SIGKILL, END_S, one_agent),
+        (signal.SIGSTOP, END_S + DEADLINE_S, agent_per_rank),
+        pytest.param(signal.SIGKILL, END_S, agent_per_rank, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, END_S + DEADLINE_S, one_agent, marks=pytest.mark.slow),
+    ],
+)
 def test_a_lost_worker_ends_the_job_by_name(
     start: Start, endless: Path, launch: Callable[..., list[list[str]]], sign: signal.Signals, within_s: float
 ) -> None:
@@ -81,7 +88,13 @@ with LLM(sys.argv[1], workers=4, cluster=cluster, engine=EngineConfig(max_reques
 """
 
 
-@pytest.mark.parametrize(("sign", "within_s"), [(signal.SIGKILL, END_S), (signal.SIGSTOP, END_S + DEADLINE_S)])
+@pytest.mark.parametrize(
+    ("sign", "within_s"),
+    [
+        (signal.SIGKILL, END_S),
+        pytest.param(signal.SIGSTOP, END_S + DEADLINE_S, marks=pytest.mark.slow),
+    ],
+)
 def test_lost_workers_of_the_library_are_all_named(
     start: Start, endless: Path, sign: signal.Signals, within_s: float
 ) -> None:
@@ -401,6 +414,7 @@ def test_the_ranks_of_a_launcher_serve_one_model_at_a_time(start: Start, endless
     assert job.out.read_text().splitlines() == [refusal, "3", "3"]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_parts_is_legal_and_told(start: Start, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", "llama", num_hidden_layers=1)
     job = start(one_agent(5, f"model.path={model}", "prompt=hello", "sampling.max_tokens=4"))

@@ -167,6 +167,7 @@ def test_a_download_that_breaks_off_goes_on(hub: FakeHub, model: Path, tmp_path:
     assert job.out.read_text().strip("\n") == answer(model)
 
 
+@pytest.mark.slow
 def test_a_rank_needs_no_files_but_its_own(hub: FakeHub, model: Path, tmp_path: Path, start: Start) -> None:
     """What each rank downloaded is all that it has; rank 0 has all headers, and so all files."""
     job = start(ranks_with(of_hub(hub, tmp_path), f"model.path={hub.repository}"))
@@ -182,7 +183,10 @@ def test_a_rank_needs_no_files_but_its_own(hub: FakeHub, model: Path, tmp_path: 
     assert job.out.read_text().strip("\n") == answer(model)
 
 
-@pytest.mark.parametrize("change", ["shape", "cut", "gone", "config"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("change", ["cut", "config", *(pytest.param(each, marks=SLOW) for each in ("shape", "gone"))])
 def test_a_rank_with_another_copy_is_named(change: str, model: Path, tmp_path: Path, start: Start) -> None:
     """The files of rank 2 are not those of the master; only one of its own can be wrong for it."""
     homes = [tmp_path / f"home{rank}" for rank in range(RANKS)]

@@ -79,6 +79,7 @@ def test_a_rank_whose_file_is_damaged_is_named(model: Path, tmp_path: Path, star
     assert "is not the one of manifest.json" in error
 
 
+@pytest.mark.slow
 def test_with_all_files_another_split_works(model: Path, answer: list[int], tmp_path: Path) -> None:
     shard_model(model, tmp_path / "shards", stages=2, by="layers")
     plan = PlanConfig(strategy="manual", layers=[2, 10])

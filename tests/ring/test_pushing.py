@@ -75,6 +75,7 @@ def test_without_push_they_are_told_of_it(model: Path, tmp_path: Path, start: St
     assert error.endswith("weights=push")
 
 
+@pytest.mark.slow
 def test_of_the_hub_rank_0_downloads_for_the_others(
     model: Path, answer: list[int], tmp_path: Path, start: Start
 ) -> None:

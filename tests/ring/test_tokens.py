@@ -82,7 +82,9 @@ def check_alone(llm: LLM, wanted: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layers", "chunk"), [(1, None, 256), (2, None, 16), (5, [3, 10, 7, 10, 0], 256)], ids=str
+    ("ranks", "layers", "chunk"),
+    [(1, None, 256), (2, None, 16), pytest.param(5, [3, 10, 7, 10, 0], 256, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_smollm2(few: Case, ranks: int, layers: list[int] | None, chunk: int) -> None:
     with opened(few.folder, ranks, layers, chunk) as llm:
