@@ -129,7 +129,7 @@ class WeightsConfig:
     source: str = key("own", "own (each rank has the files, or downloads its own) or push (rank 0 sends them)")
     stages: list[int] | None = key(None, "ranks that rank 0 sends theirs to, such as [2]; by default all others")
     streams: int = key(4, "connections at once of each rank that is sent its weights")
-    compression: str = key("none", "of what rank 0 sends: none or zstd, which pays on lines below about 2 Gbit/s")
+    compression: str = key("none", "of what rank 0 sends: none or zstd, which pays on lines of 1 Gbit/s and below")
 
     def pushed(self, rank: int) -> bool:
         """Whether a rank gets its weights from rank 0."""

@@ -470,3 +470,22 @@ def test_progress_adds_up_to_the_weights(blueprint_of: Callable[[str], Blueprint
     shard = loaded(plan, Span(1, 3), read.append)
     assert sum(read) == shard.nbytes
     assert len(read) == 2 * (4 * 3 + 7), "experts, attention, router and norms of two layers"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("numbers", "broken"),
+    [
+        ([1.0, -2.0], False),
+        ([float("inf"), 1.0], False),
+        ([float("inf"), float("-inf")], False),
+        ([60_000.0] * 100, False),
+        ([1.0, float("nan")], True),
+        ([float("inf"), float("nan"), float("-inf")], True),
+        ([], False),
+    ],
+)
+def test_what_is_no_number_is_told_from_what_is_too_large(
+    numbers: list[float], broken: bool, dtype: torch.dtype
+) -> None:
+    assert weights.has_nan(torch.tensor(numbers, dtype=dtype)) == broken

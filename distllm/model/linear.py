@@ -13,14 +13,14 @@ Shapes: T packed tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from distllm.model.pages import give_back
 
 # Below so many rows the plain kernel wins, which reads the weights once and is bound by that.
 FEW_ROWS = 4
@@ -33,7 +33,6 @@ EXACT = ("gate", "router", "shared_expert_gate", "wg")
 
 # What `torch.compile` makes of linear layers with constant weights; names of the pinned range of torch.
 _onednn = torch.ops.mkldnn
-_libc = ctypes.CDLL(None)
 
 
 def has_kernels(dtype: torch.dtype) -> bool:
@@ -137,11 +136,3 @@ def shared_storages(model: nn.Module) -> set[int]:
 def storage(tensor: torch.Tensor) -> int:
     """The same for two tensors that share memory, of which neither may be given back alone."""
     return tensor.untyped_storage().data_ptr()
-
-
-def give_back(weight: torch.Tensor) -> None:
-    """Tells the system that a weight is not needed any more: its file may stay mapped for the sake of others."""
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if weight.is_contiguous() and first < last:
-        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

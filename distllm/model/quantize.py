@@ -20,7 +20,8 @@ from torch import nn
 from distllm.config import QuantizationConfig
 from distllm.model import bnb
 from distllm.model.integers import SIDE_BY_SIDE, Int4Linear, Int8Linear, store_int4, store_int8
-from distllm.model.linear import give_back, plain_layers, shared_storages, storage
+from distllm.model.linear import plain_layers, shared_storages, storage
+from distllm.model.pages import give_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,0 +1,37 @@
+"""The memory pages under a tensor, which may be those of a mapped file. Knows no models."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import torch
+
+# Linux 5.14; an older one refuses it, and pages come when they are touched.
+MADV_POPULATE_READ = 22
+
+_libc = ctypes.CDLL(None)
+
+
+def bring(tensor: torch.Tensor) -> None:
+    """Has the system map all pages of a tensor at once: one by one, as they are touched, takes twice as long."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes >= mmap.PAGESIZE:
+        _advise(*_pages(tensor, outer=True), MADV_POPULATE_READ)
+
+
+def give_back(tensor: torch.Tensor) -> None:
+    """Tells the system that a tensor is not needed any more: its file may stay mapped for the sake of others."""
+    if tensor.is_contiguous():
+        _advise(*_pages(tensor, outer=False), mmap.MADV_DONTNEED)
+
+
+def _pages(tensor: torch.Tensor, *, outer: bool) -> tuple[int, int]:
+    """From where to where the pages of a tensor go: all that it touches, or those that it fills."""
+    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    more = 0 if outer else mmap.PAGESIZE - 1
+    return (start + more) // mmap.PAGESIZE * mmap.PAGESIZE, -(-(stop - more) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _advise(start: int, stop: int, advice: int) -> None:
+    if start < stop:
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)

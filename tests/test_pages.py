@@ -1,0 +1,56 @@
+"""Pages under a tensor: bringing and giving back change no number, and touch nobody else's."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from distllm.model import pages
+
+
+def resident_kb(path: Path) -> int:
+    """How much of a mapped file this process has in its page tables."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if " " in name:
+            inside = line.endswith(str(path))
+        elif inside and name == "Rss":
+            found += int(value.split()[0])
+    return found
+
+
+def test_pages_come_and_go(tmp_path: Path) -> None:
+    content = torch.arange(2_000_000, dtype=torch.int32)
+    path = tmp_path / "one.safetensors"
+    save_file({"one": content}, path)
+    with safe_open(path, "pt") as file:
+        tensor = file.get_slice("one")[...]
+    before = resident_kb(path)
+    pages.bring(tensor)
+    assert resident_kb(path) >= tensor.nbytes // 1024 > before
+    assert torch.equal(tensor, content)
+    pages.give_back(tensor)
+    assert resident_kb(path) < 100
+    assert torch.equal(tensor, content), "the file is still there"
+
+
+def test_the_neighbours_of_what_is_given_back_stay() -> None:
+    whole = torch.ones(10 * mmap.PAGESIZE, dtype=torch.uint8)
+    middle = whole[mmap.PAGESIZE + 5 : 8 * mmap.PAGESIZE + 7]
+    pages.give_back(middle)
+    assert whole[: mmap.PAGESIZE + 5].all()
+    assert whole[8 * mmap.PAGESIZE + 7 :].all()
+    assert not middle.all(), "nothing was given back"
+
+
+def test_small_and_scattered_tensors_are_left_alone() -> None:
+    small, scattered = torch.ones(3), torch.ones(5000, 7).t()
+    for tensor in (small, scattered):
+        pages.bring(tensor)
+        pages.give_back(tensor)
+        assert tensor.all()
