@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -172,15 +171,11 @@ def _make_beside(ready: Path, name: str, make: Callable[[Path], None]) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     """A GGUF file as a bf16 safetensors checkpoint with tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from distllm.model import gguf_file
 
-    named: dict[str, Any] = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    whole = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(**named, dtype=torch.bfloat16, quantization_config=whole)
-        tokenizer = AutoTokenizer.from_pretrained(**named)
+        gguf_file.convert(source, target)
+    except OSError:
+        raise
     except Exception as error:  # a broken file raises anything here
         raise ValueError(f"{source}: cannot be read: {first_line(error)}; is the file whole?") from error
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
