@@ -31,6 +31,8 @@ REGISTER_TIMEOUT_S = 30.0
 # A launcher that ends a job signals all ranks at once. Those that are well stay this long, so that the master can still
 # ask who was not.
 LINGER_S = 4.0
+# A master that ends its job tells the ranks and is gone: what it said may still be on its way through this process.
+LAST_WORD_S = 0.5
 
 
 class Watch:
@@ -65,17 +67,19 @@ class Watch:
                 return 1
             if now >= next_pulse:
                 next_pulse = now + MASTER_PULSE_S
-                if not self._master_lives():
+                gone = self._master_is_gone()
+                if gone is not None and not self.done.wait(LAST_WORD_S):
+                    logger.warning("%s ends: %s", self._member, gone)
                     return 1
         return self.code
 
-    def _master_lives(self) -> bool:
+    def _master_is_gone(self) -> str | None:
+        """Why this rank has no master any more; None while it has."""
         try:
             known = call_by_name(self._master, "master", "knows", self._member.life, timeout_s=self._deadline_s)
         except PeerLost as lost:
-            logger.warning("%s ends: of the master, %s", self._member, lost.reason)
-            return False
-        return bool(known)
+            return f"of the master, {lost.reason}"
+        return None if known else "the master does not know it"
 
 
 def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: float, deadline_s: float) -> int:
