@@ -21,6 +21,7 @@ import pytest
 from fakes import byte_tokenizer, tiny_checkpoint
 
 from distllm.bench.figures import OURS, Batch, Comparison, Difference, StageSpent, first_difference
+from distllm.bench.loading import _cat
 from distllm.bench.machine import Clock, cpu_model
 from distllm.bench.prompts import TEXT, make_prompts
 from distllm.bench.report import Setting, as_json, as_table, say
@@ -78,6 +79,16 @@ def test_loading_is_measured_beside_cat_and_transformers(checkpoint: Path) -> No
     for words in ("round 1 of 1: ", "of cat", "peak GB"):
         assert words in done.stderr
     assert marked(environ) == []
+
+
+def test_cat_has_a_deadline_too(checkpoint: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "endless")
+    with pytest.raises(
+        EngineError, match=r"^cat did not read the files within 0\.2 s; bench\.deadline_s gives it longer$"
+    ):
+        _cat([tmp_path / "endless"], 0.2)
+    with pytest.raises(EngineError, match=r"^cat ended with code 1$"):
+        _cat([checkpoint / "none"], 10)
 
 
 def test_a_loader_that_fails_is_named(checkpoint: Path) -> None:

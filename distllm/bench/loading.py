@@ -71,10 +71,10 @@ def bench_loading(config: Config) -> int:
 
 def _measure(files: Sequence[Path], match: Match, rounds: int) -> dict[str, list[Loaded]]:
     """Of each loader all rounds, every other one in reverse order, after one that brings the files into memory."""
-    ways: dict[str, Callable[[], Loaded]] = {CAT: partial(_cat, files)}
+    ways: dict[str, Callable[[], Loaded]] = {CAT: partial(_cat, files, match.deadline_s)}
     ways |= {name: partial(_load, name, how, match) for name, how in LOADERS.items()}
     done: dict[str, list[Loaded]] = {name: [] for name in ways}
-    _cat(files)
+    _cat(files, match.deadline_s)
     for number in range(1, rounds + 1):
         for name in ways if number % 2 else reversed(ways):
             done[name].append(ways[name]())
@@ -83,11 +83,16 @@ def _measure(files: Sequence[Path], match: Match, rounds: int) -> dict[str, list
     return done
 
 
-def _cat(files: Sequence[Path]) -> Loaded:
+def _cat(files: Sequence[Path], deadline_s: float) -> Loaded:
     began = time.perf_counter()
-    done = subprocess.run([CAT, *map(str, files)], stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise EngineError(f"{CAT} ended with code {done.returncode}")
+    try:
+        subprocess.run([CAT, *map(str, files)], stdout=subprocess.DEVNULL, check=True, timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"{CAT} did not read the files within {deadline_s:g} s; bench.deadline_s gives it longer"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise EngineError(f"{CAT} ended with code {error.returncode}") from error
     return Loaded(time.perf_counter() - began)
 
 
