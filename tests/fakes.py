@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", {}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 4, "sliding_window": 20}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 12.0, "head_dim": None}),
     "gpt2": ("GPT2Config", {}),
     # Turned by other factors beyond its first 128 positions.

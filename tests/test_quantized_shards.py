@@ -65,7 +65,7 @@ def plan_of(spans: tuple[Span, ...]) -> Plan:
 
 @pytest.mark.parametrize("head", ["none", "int8", "int4"])
 @pytest.mark.parametrize("method", ["int8", "int4"])
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "mixtral", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "mixtral", "gpt2", "gpt_oss"])
 def test_each_stage_is_as_if_quantized_while_loading(
     kind: str, method: str, head: str, model_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -99,6 +99,22 @@ def test_stored_weights_are_quantized(model_of: Callable[[str], Path], tmp_path:
     assert "model.embed_tokens.weight" not in last.tensors
     assert last.tensors[f"{HEAD}.integers"].dtype == "I8"
     assert not list(shards.glob("*.index.json")), "other tools cannot read it"
+
+
+def test_experts_are_stored_together(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """Also those that lay in a tensor each, or turned round; what chooses them stays as it was."""
+    for kind, before in (("mixtral", (4, 256, 64)), ("gpt_oss", (4, 64, 256))):
+        manifest = read_manifest(cut(model_of(kind), tmp_path / kind, QuantizationConfig(method="int8")))
+        assert manifest is not None
+        first = manifest.stages[0]
+        experts = "model.layers.0.mlp.experts.gate_up_proj"
+        assert first.quantized[experts].shape == before
+        assert first.tensors[f"{experts}.integers"].shape == (4, 256, 64)
+        assert first.tensors[f"{experts}.scale"].shape == (4, 256)
+        plain = {name for name, tensor in first.tensors.items() if len(tensor.shape) > 1 and tensor.dtype != "I8"}
+        chooses = {name for name in plain if re.search(r"\.(gate|router)\.weight", name)}
+        assert len(chooses) == 2
+        assert all(name.endswith(("embed_tokens.weight", ".scale", "_bias")) for name in plain - chooses)
 
 
 @pytest.mark.parametrize("weights", ["own", "push"])

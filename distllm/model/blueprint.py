@@ -20,6 +20,7 @@ from distllm.model.quantize import Ready, Recipe, quantize
 from distllm.model.runner import Runner
 from distllm.model.shard import Shard, check_passes_through
 from distllm.model.tensors import TensorMap
+from distllm.model.unfold import unfold
 from distllm.model.weights import Progress
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class Finish:
 
     def layer(self, layer: nn.Module, ready: Ready) -> None:
         """One layer, as soon as it is filled."""
+        unfold(layer)
         if self._recipe is not None:
             quantize(layer, self._recipe.of_layer(layer), self.progress, ready)
         self._lay_out(layer)
@@ -163,6 +165,8 @@ class Finish:
     def rest(self, model: PreTrainedModel, ready: Ready) -> None:
         """The head, and what else is outside of the layers."""
         assert self._recipe is not None or not ready, "weights that lie quantized in files need their recipe"
+        if self.by_layer or self._widens:
+            unfold(model)
         if self._recipe is not None:
             quantize(model, self._recipe.of_head(model), self.progress, ready)
         self._lay_out(model)

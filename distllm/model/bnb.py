@@ -51,7 +51,7 @@ class BnbInt8:
         out = layers.Linear8bitLt(
             plain.in_features, plain.out_features, bias=plain.bias is not None, has_fp16_weights=False, threshold=0.0
         )
-        out.weight = layers.Int8Params(plain.weight, requires_grad=False, has_fp16_weights=False)
+        out.weight = layers.Int8Params(plain.weight.contiguous(), requires_grad=False, has_fp16_weights=False)
         return _finished(out, plain)
 
 
@@ -76,7 +76,11 @@ class BnbNF4:
             compress_statistics=False,
         )
         out.weight = layers.Params4bit(
-            plain.weight, requires_grad=False, quant_type="nf4", blocksize=NF4_BLOCK, compress_statistics=False
+            plain.weight.contiguous(),
+            requires_grad=False,
+            quant_type="nf4",
+            blocksize=NF4_BLOCK,
+            compress_statistics=False,
         )
         return _finished(out, plain)
 

@@ -34,26 +34,31 @@ from distllm.model.manifest import (
     StoredFile,
     StoredTensor,
 )
-from distllm.model.quantize import Int4, Int8, Recipe, Storable, Stored
+from distllm.model.quantize import ParameterChoice, Recipe, Stored
 from distllm.model.shard import Shard
 from distllm.model.tensors import NAMES
+from distllm.model.weights import Filling
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """A weight that is quantized on the way: the tensor that it is made of, and how."""
+    """A parameter that is quantized on the way: the tensors that it is made of, and how.
 
-    source: str
-    scheme: Storable
-    shape: tuple[int, int]
+    `is_copy` if it is a tied head, which the table is copied for.
+    """
+
+    sources: tuple[str, ...]
+    chosen: ParameterChoice
+    shape: tuple[int, ...]
     dtype: torch.dtype
+    is_copy: bool
 
     @property
     def parts(self) -> Headers:
         """What it is stored as, by the ends of the names."""
-        layout = self.scheme.layout(*self.shape, self.dtype)
+        layout = self.chosen.layout(self.dtype)
         return {part: TensorInfo("", shape, NAMES[dtype]) for part, (shape, dtype) in layout.items()}
 
 
@@ -96,24 +101,29 @@ def plots(blueprint: Blueprint, spans: Sequence[Span], quantization: Quantizatio
             shard = Shard(blueprint.config, blueprint.anatomy, span, blueprint.dtype)
         mine = {name: tensors[name] for name in blueprint.tensors.owned(shard)}
         made = _made(blueprint, shard, Recipe.of(quantization)) if quantization.on(stage) else {}
-        for name in (*mine, *(each.source for each in made.values())):
+        for name in mine:
             left.pop(name, None)
-        table = set() if span.embed else {each.source for name, each in made.items() if name != each.source}
-        plain = {name: info for name, info in mine.items() if name not in made and name not in table}
+        used = {name for each in made.values() if not (each.is_copy and span.embed) for name in each.sources}
+        plain = {name: info for name, info in mine.items() if name not in used}
         parts = {f"{name}.{part}": info for name, each in made.items() for part, info in each.parts.items()}
         found.append(Plot(f"stage-{stage:0{width}}.safetensors", span, plain | parts, made))
     return [*found, Plot("no-stage.safetensors", None, left, {})] if left else found
 
 
 def _made(blueprint: Blueprint, shard: Shard, recipe: Recipe) -> dict[str, Making]:
-    """The weights of a shard that can be stored quantized, by name; a tied head gets one of its own."""
-    found = {}
-    for parameter, choice in blueprint.tensors.chosen(shard.model, recipe).items():
-        source = blueprint.tensors.whole_tensor(parameter)
-        if source is not None and isinstance(choice.scheme, Int8 | Int4):
-            tied = blueprint.tensors.targets[source].parameter != parameter
-            shape = (choice.plain.out_features, choice.plain.in_features)
-            found[parameter if tied else source] = Making(source, choice.scheme, shape, blueprint.dtype)
+    """What of a shard can be stored quantized, by name: that of the tensor, or of the parameter if several make it, or
+    if it is a tied head, which gets one of its own.
+    """
+    tensors, found = blueprint.tensors, {}
+    for parameter, chosen in tensors.chosen(shard.model, recipe).items():
+        sources = tensors.sources(parameter)
+        if not sources or not chosen.layout(blueprint.dtype):
+            continue
+        target = tensors.targets[sources[0]]
+        is_copy = target.parameter != parameter
+        name = sources[0] if target.pattern is None and not is_copy else parameter
+        shape = tensors.shape(parameter)
+        found[name] = Making(tuple(sources), chosen, shape, blueprint.dtype, is_copy)
     return found
 
 
@@ -136,7 +146,7 @@ def carve(
     source = blueprint.checkpoint.path
     with ExitStack() as opened:
         reader = Source(blueprint.checkpoint, opened)
-        written = tuple(_write(target, plot, reader, progress) for plot in files)
+        written = tuple(_write(target, plot, reader, blueprint, progress) for plot in files)
     copied = {path.name: _copy(path, target / path.name) for path in taken_along(source)}
     quantized = None
     if quantization.method != "none":
@@ -166,22 +176,31 @@ class Source:
         reader, starts = self._files[file]
         return raw.chunks(reader, starts[tensor], nbytes)
 
-    def quantized(self, making: Making) -> Stored:
-        """What a weight is stored as."""
-        file = self._checkpoint.tensors[making.source].file
-        with self._checkpoint.open({making.source: file}) as slices:
-            return making.scheme.store(slices[making.source][...].to(making.dtype))
+
+def _quantized(blueprint: Blueprint, plot: Plot) -> Iterator[tuple[str, Stored]]:
+    """What each weight is stored as, by name; in memory is one of them."""
+    if plot.span is None or not plot.made:
+        return
+    with torch.device("meta"):
+        shard = Shard(blueprint.config, blueprint.anatomy, plot.span, blueprint.dtype)
+    tensors = blueprint.tensors
+    filling = Filling(shard, tensors, tensors.places(shard), torch.device("cpu"))
+    for name, making in plot.made.items():
+        filling.fill(making.sources)
+        parameter = shard.model.get_parameter(tensors.targets[making.sources[0]].parameter)
+        yield name, making.chosen.store(parameter.detach())
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
-def _write(folder: Path, plot: Plot, source: Source, progress: Progress) -> StoredFile:
+def _write(folder: Path, plot: Plot, source: Source, blueprint: Blueprint, progress: Progress) -> StoredFile:
     with (folder / plot.name).open("x+b") as file:
         target = Target(file, plot, progress)
         made = {f"{name}.{part}" for name, making in plot.made.items() for part in making.parts}
         for name in target.starts:
             if name not in made:
                 target.write(name, source.chunks(name, plot.tensors[name].file, plot.tensors[name].nbytes))
-        for name, making in plot.made.items():
-            for part, tensor in source.quantized(making).items():
+        for name, stored in _quantized(blueprint, plot):
+            for part, tensor in stored.items():
                 target.write(f"{name}.{part}", [tensor.view(torch.uint8).numpy().data.cast("B")])
         return target.done()
 

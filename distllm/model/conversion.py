@@ -103,6 +103,18 @@ def filled(model: PreTrainedModel, targets: Mapping[str, Target]) -> Iterator[st
                 yield from (target.parameter.replace(first, other) for other in others)
 
 
+def sources(model: PreTrainedModel, targets: Mapping[str, Target]) -> dict[str, list[str]]:
+    """The tensors that each parameter is made of, but for those that come out of a converter together with others."""
+    several = [
+        entry.target_patterns[0] for entry in conversions(model) if _converts(entry) and len(entry.target_patterns) > 1
+    ]
+    found: dict[str, list[str]] = {}
+    for name, target in targets.items():
+        if target.pattern is None or not any(pattern in target.parameter for pattern in several):
+            found.setdefault(target.parameter, []).append(name)
+    return found
+
+
 class Converted:
     """The converted parameters of a model, and the tensors of a checkpoint that each is made of."""
 

@@ -116,7 +116,7 @@ def store_int8(weight_OI: torch.Tensor) -> dict[str, torch.Tensor]:
     integers = torch.empty(weight_OI.shape, dtype=torch.int8)
     scale = torch.empty(len(weight_OI), dtype=weight_OI.dtype)
     for rows in slabs(weight_OI):
-        integers[rows], scale[rows] = to_int8(weight_OI[rows])
+        integers[rows], scale[rows] = to_int8(weight_OI[rows].contiguous())
     return {"integers": integers, "scale": scale}
 
 
@@ -129,7 +129,7 @@ def store_int4(weight_OI: torch.Tensor, group: int) -> dict[str, torch.Tensor]:
     integers = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
     scale_zero = torch.empty(inputs // group, outputs, 2, dtype=weight_OI.dtype)
     for rows in slabs(weight_OI):
-        integer_OI, scale_zero[:, rows] = to_int4(weight_OI[rows], group)
+        integer_OI, scale_zero[:, rows] = to_int4(weight_OI[rows].contiguous(), group)
         integers[rows] = integer_OI[:, 0::2] | integer_OI[:, 1::2] << 4
     return {"integers": integers, "scale_zero": scale_zero}
 

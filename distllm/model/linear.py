@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distllm.model.pages import give_back
+from distllm.model.unfold import Unfolded
 
 # Below so many rows the plain kernel wins, which reads the weights once and is bound by that.
 FEW_ROWS = 4
@@ -47,7 +48,7 @@ class PackedLinear(nn.Module):
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__()
         self.bias = plain.bias
-        self.packed = _onednn._reorder_linear_weight(plain.weight)
+        self.packed = _onednn._reorder_linear_weight(plain.weight.contiguous())
 
     def forward(self, input_TI: torch.Tensor) -> torch.Tensor:
         out_TO: torch.Tensor = _onednn._linear_pointwise(input_TI, self.packed, self.bias, "none", [], "")
@@ -100,9 +101,9 @@ def pack(model: nn.Module, progress: Callable[[int], None] = lambda _: None) -> 
     Args:
         progress: called with the bytes of each weight as it is packed.
     """
-    shared = shared_storages(model)
+    shared = shared_weights(model)
     for parent, name, plain in plain_layers(model):
-        if storage(plain.weight) not in shared:
+        if plain.weight.data_ptr() not in shared:
             setattr(parent, name, PackedLinear(plain))
             give_back(plain.weight)
             progress(plain.weight.nbytes)
@@ -123,16 +124,13 @@ def packed_bytes(model: nn.Module) -> int:
 def plain_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Plain linear layers, each with the module that holds it and its name there; not those that choose experts."""
     held = ((parent, *child) for parent in list(model.modules()) for child in list(parent.named_children()))
-    return ((parent, name, child) for parent, name, child in held if type(child) is nn.Linear and name not in EXACT)
+    for parent, name, child in held:
+        if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Unfolded) and name not in EXACT:
+            yield parent, name, child
 
 
-def shared_storages(model: nn.Module) -> set[int]:
-    """Of weights that are used in more than one place."""
+def shared_weights(model: nn.Module) -> set[int]:
+    """Where weights lie that are used in more than one place, and may not be given back by one of them."""
     places = [module for _, module in model.named_modules(remove_duplicate=False)]
-    uses = Counter(storage(parameter) for module in places for parameter in module.parameters(recurse=False))
-    return {each for each, count in uses.items() if count > 1}
-
-
-def storage(tensor: torch.Tensor) -> int:
-    """The same for two tensors that share memory, of which neither may be given back alone."""
-    return tensor.untyped_storage().data_ptr()
+    uses = Counter(each.data_ptr() for module in places for each in module.parameters(recurse=False))
+    return {where for where, count in uses.items() if count > 1}

@@ -21,7 +21,7 @@ def bring(tensor: torch.Tensor) -> None:
 
 def give_back(tensor: torch.Tensor) -> None:
     """Tells the system that a tensor is not needed any more: its file may stay mapped for the sake of others."""
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() or tensor.mT.is_contiguous():
         _advise(*_pages(tensor, outer=False), mmap.MADV_DONTNEED)
 
 

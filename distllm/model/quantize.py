@@ -1,7 +1,6 @@
 """Linear layers of 8- and 4-bit weights, by passes over a built shard that knows nothing of them.
 
-Weights alone are quantized; activations keep their type. Norms, embeddings and what chooses experts stay exact; so do
-weights that are no linear layers of their own, such as experts that lie in one tensor.
+Weights alone are quantized; activations keep their type. Norms, embeddings and what chooses experts stay exact.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,8 +18,9 @@ from torch import nn
 from distllm.config import QuantizationConfig
 from distllm.model import bnb
 from distllm.model.integers import SIDE_BY_SIDE, Int4Linear, Int8Linear, store_int4, store_int8
-from distllm.model.linear import plain_layers, shared_storages, storage
+from distllm.model.linear import plain_layers, shared_weights
 from distllm.model.pages import give_back
+from distllm.model.unfold import Unfolded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +31,8 @@ logger = logging.getLogger(__name__)
 Stored = Mapping[str, torch.Tensor]
 """What a quantized weight is stored as: tensors by the ends of their names."""
 
-Ready = dict[nn.Module, Stored]
-"""Weights that lie quantized in files, by the linear layers that they belong to, which have none yet."""
+Ready = dict[torch.Tensor, Stored]
+"""Weights that lie quantized in files, by the parameters that they stand for, which have no numbers."""
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """The same, by shapes and types."""
@@ -54,6 +53,7 @@ class Scheme(Protocol):
         """The layer in place of a plain one."""
 
 
+@runtime_checkable
 class Storable(Scheme, Protocol):
     """One whose weights can be kept in files."""
 
@@ -158,12 +158,60 @@ class Choice:
     plain: nn.Linear
     scheme: Scheme
 
+    def stored_in(self, ready: Ready) -> Stored | None:
+        """What its weight is stored as, if it lies quantized in a file."""
+        if not isinstance(self.plain, Unfolded):
+            return ready.get(self.plain.weight)
+        origin = self.plain.origin
+        stored = ready.get(origin.parameter)
+        if stored is None or origin.index is None:
+            return stored
+        return {part: tensor[origin.index] for part, tensor in stored.items()}
+
+
+@dataclass(frozen=True)
+class ParameterChoice:
+    """The weights that one parameter holds, all of one size: one, or those of its experts."""
+
+    choices: tuple[Choice, ...]
+
     @property
-    def layout(self) -> Layout:
-        """What its weight is stored as; nothing if it cannot be stored."""
-        if not isinstance(self.scheme, Int8 | Int4):
+    def scheme(self) -> Scheme:
+        return self.choices[0].scheme
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """What it takes when it is quantized."""
+        return len(self.choices) * self.scheme.nbytes(*self._size, dtype)
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """What it is stored as; nothing if it cannot be stored."""
+        if not isinstance(self.scheme, Storable):
             return {}
-        return self.scheme.layout(self.plain.out_features, self.plain.in_features, self.plain.weight.dtype)
+        layout = self.scheme.layout(*self._size, dtype)
+        return {part: ((*self._experts, *shape), each) for part, (shape, each) in layout.items()}
+
+    def store(self, parameter: torch.Tensor) -> Stored:
+        """The same, of one like it that has numbers."""
+        assert isinstance(self.scheme, Storable)
+        plain = [choice.plain for choice in self.choices]
+        weights = [each.origin.view(parameter) if isinstance(each, Unfolded) else parameter for each in plain]
+        first, *others = [self.scheme.store(weight_OI) for weight_OI in weights]
+        return (
+            {part: torch.stack([first[part], *(each[part] for each in others)]) for part in first}
+            if self._experts
+            else first
+        )
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        plain = self.choices[0].plain
+        return plain.out_features, plain.in_features
+
+    @property
+    def _experts(self) -> tuple[int, ...]:
+        """Their number, or nothing if the parameter is one weight."""
+        plain = self.choices[0].plain
+        return (len(self.choices),) if isinstance(plain, Unfolded) and plain.origin.index is not None else ()
 
 
 def _fitting(wanted: Scheme, plain: nn.Linear) -> Scheme:
@@ -183,7 +231,7 @@ def quantize(
     module: nn.Module,
     choices: Iterable[Choice],
     progress: Callable[[int], None] = lambda _: None,
-    ready: Mapping[nn.Module, Stored] = MappingProxyType({}),
+    ready: Ready | None = None,
 ) -> None:
     """Replaces linear layers of a module, one by one.
 
@@ -191,15 +239,15 @@ def quantize(
         progress: called with the bytes of each plain weight as it is quantized.
         ready: what the weights of some of them were stored as, which have none of their own.
     """
-    shared = shared_storages(module)
+    shared = shared_weights(module)
     for choice in list(choices):
         weight = choice.plain.weight
-        if choice.plain in ready:
-            assert isinstance(choice.scheme, Int8 | Int4)
-            made = choice.scheme.restore(choice.plain, ready[choice.plain])
+        if (stored := choice.stored_in(ready or {})) is not None:
+            assert isinstance(choice.scheme, Storable)
+            made = choice.scheme.restore(choice.plain, stored)
         else:
             made = choice.scheme.make(choice.plain)
-            if storage(weight) not in shared:
+            if weight.data_ptr() not in shared:
                 give_back(weight)
         setattr(choice.parent, choice.name, made)
         progress(weight.nbytes)

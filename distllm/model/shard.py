@@ -83,8 +83,8 @@ class Shard:
     @property
     def nbytes(self) -> int:
         """Bytes of weights; a tensor that is used twice counts once."""
-        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in self.model.state_dict().values()}
-        return int(sum(storages.values())) + linear.packed_bytes(self.model)
+        tensors = {t.data_ptr(): t.nbytes for t in self.model.state_dict().values()}
+        return int(sum(tensors.values())) + linear.packed_bytes(self.model)
 
     def drop_table(self) -> None:
         """Leaves the embedding table to a tied head, once that has it, where nothing looks a token up in it."""

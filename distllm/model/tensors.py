@@ -6,10 +6,11 @@ Reads headers, never a weight. Names and renamings are transformers' own busines
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from distllm.core import ModelSizes
 from distllm.model import conversion, families
@@ -17,8 +18,9 @@ from distllm.model.checkpoint import Checkpoint
 from distllm.model.conversion import Converted, Target
 from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
-from distllm.model.quantize import Choice, Recipe
+from distllm.model.quantize import Choice, ParameterChoice, Recipe
 from distllm.model.shard import Shard
+from distllm.model.unfold import Unfolded, unfold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +75,7 @@ class TensorMap:
             elif table not in sources:
                 self.targets[name] = Target(table, pattern=None, alias=table)
             # Else a tied head is stored all the same: a second copy of the table, and not read.
+        self._sources = conversion.sources(model, self.targets)
         self._check(model, known=targets)
 
     def is_ready(self, name: str) -> bool:
@@ -139,17 +142,20 @@ class TensorMap:
 
     def _quantized_bytes(self, dtype: torch.dtype, recipe: Recipe) -> dict[str, int]:
         """What the weights that the recipe chooses take, by the names of their parameters."""
-        return {
-            name: each.scheme.nbytes(each.plain.out_features, each.plain.in_features, dtype)
-            for name, each in self.chosen(self._model, recipe).items()
-        }
+        return {name: each.nbytes(dtype) for name, each in self.chosen(self._model, recipe).items()}
 
-    def chosen(self, model: PreTrainedModel, recipe: Recipe) -> dict[str, Choice]:
-        """What the recipe chooses of this model, or of a part of it, by the names of the weights."""
-        names = {id(module): name for name, module in model.named_modules()}
+    def chosen(self, model: PreTrainedModel, recipe: Recipe) -> dict[str, ParameterChoice]:
+        """What the recipe chooses of this model, or of a part of it, by the names of the parameters; it is unfolded."""
+        unfold(model)
+        names = {module: name for name, module in model.named_modules()}
         layers = families.base_of(model).get_submodule(self.anatomy.layers)
-        chosen = [choice for layer in layers.children() for choice in recipe.of_layer(layer)]
-        return {f"{names[id(each.plain)]}.weight": each for each in [*chosen, *recipe.of_head(model)]}
+        found: dict[str, list[Choice]] = {}
+        for layer in layers.children():
+            for choice in recipe.of_layer(layer):
+                found.setdefault(_origin(choice.plain, names), []).append(choice)
+        for choice in recipe.of_head(model):
+            found[_origin(choice.plain, names)] = [choice]
+        return {name: ParameterChoice(tuple(choices)) for name, choices in found.items()}
 
     def check_ready(self, recipe: Recipe) -> None:
         """Holds weights that lie quantized in the files against the model's sizes.
@@ -163,7 +169,7 @@ class TensorMap:
             file, parameter = self.checkpoint.tensors[name].file, self.targets[name].parameter
             parts = {part: self.checkpoint.stored[each] for part, each in self.checkpoint.stored_as(name, file).items()}
             found = {part: (info.shape, _kind(DTYPES[info.dtype])) for part, info in parts.items()}
-            layout = chosen[parameter].layout if parameter in chosen else {}
+            layout = chosen[parameter].layout(torch.float32) if parameter in chosen else {}
             wanted = {part: (shape, _kind(dtype)) for part, (shape, dtype) in layout.items()}
             if found != wanted:
                 raise ValueError(
@@ -171,12 +177,13 @@ class TensorMap:
                     f"manifest.json ask for {wanted}; copy both again"
                 )
 
-    def whole_tensor(self, parameter: str) -> str | None:
-        """The tensor that is this parameter of the model as it stands; None if it is made of several, or a part."""
-        parameter = self._tied.get(parameter, parameter)
-        found = (name for name, target in self.targets.items() if target.parameter == parameter)
-        name = next(found, None)
-        return None if name is None or self.targets[name].pattern is not None else name
+    def sources(self, parameter: str) -> list[str]:
+        """The tensors that this parameter is made of; none if they make others besides."""
+        return self._sources.get(self._tied.get(parameter, parameter), [])
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape that config.json asks for."""
+        return tuple(self._parameters[parameter].shape)
 
     def _tied_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the embedding table that a head without embeddings needs a copy of."""
@@ -220,6 +227,11 @@ class TensorMap:
         for name in self.owned(shard):
             parts.setdefault(self._part(self.targets[name].parameter), []).append(name)
         return sorted(parts.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+
+
+def _origin(plain: nn.Linear, names: Mapping[nn.Module, str]) -> str:
+    """The name of the parameter that holds a layer's weight."""
+    return plain.origin.name if isinstance(plain, Unfolded) else f"{names[plain]}.weight"
 
 
 def _kind(dtype: torch.dtype) -> str:

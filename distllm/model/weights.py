@@ -121,11 +121,10 @@ def load(
         else:
             ends |= ready
     shard.read_bytes = filling.done()
-    if shard.span.head and shard.model.get_output_embeddings() not in ends:
+    if shard.span.head and shard.model.get_output_embeddings().weight not in ends:
         shard.model.tie_weights()
     shard.model.requires_grad_(False)
-    waiting = {id(module.weight) for module in ends}
-    empty = [name for name, each in shard.model.named_parameters() if each.is_meta and id(each) not in waiting]
+    empty = [name for name, each in shard.model.named_parameters() if each.is_meta and each not in ends]
     if empty:
         raise ValueError(f"{tensors.checkpoint.path}: nothing fills {empty[0]}")
     _buffers_to(shard.model, device)
@@ -145,7 +144,7 @@ class Filling:
         tensors: TensorMap,
         places: Mapping[str, str],
         device: torch.device,
-        progress: Progress,
+        progress: Progress = lambda _: None,
     ) -> None:
         self._shard = shard
         self._tensors = tensors
@@ -167,7 +166,7 @@ class Filling:
             plain = [name for name in names if not self._tensors.is_ready(name)]
             self._fill({targets[name].alias: lazy[name][""] for name in plain})
             return {
-                self._module(name): {part: each[...] for part, each in lazy[name].items()}
+                self._parameter(name): {part: each[...] for part, each in lazy[name].items()}
                 for name in names
                 if name not in plain
             }
@@ -178,11 +177,9 @@ class Filling:
         where = f"{self._tensors.checkpoint.path / self._places[name]}: tensor {stored}"
         return LazyTensor(slice_, partial(self._tally.see, where, nbytes // parts))
 
-    def _module(self, name: str) -> nn.Module:
-        module: nn.Module = self._shard.model.get_submodule(
-            self._tensors.targets[name].parameter.removesuffix(".weight")
-        )
-        return module
+    def _parameter(self, name: str) -> nn.Parameter:
+        parameter: nn.Parameter = self._shard.model.get_parameter(self._tensors.targets[name].parameter)
+        return parameter
 
     def done(self) -> int:
         """Warns of what was strange; returns the bytes that were read."""
