@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import socket
@@ -15,6 +14,7 @@ import psutil
 import torch
 
 from distllm.core import Member
+from distllm.model import pages
 
 PACKAGES = ("distllm", "torch", "transformers")
 
@@ -98,10 +98,8 @@ def peak_memory() -> int:
 def give_back_memory() -> None:
     """Returns to the system what a forgotten shard has held; two shards at once might not fit.
 
-    Modules refer to each other in circles, which only the collector finds; and malloc keeps large blocks that were
-    freed once for the next, whose sizes may not suit them: a second shard then doubled what a rank held.
+    Modules refer to each other in circles, which only the collector finds. With what malloc kept besides, a second
+    shard doubled what a rank held.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc's; other libraries give back by themselves
-        trim(ctypes.c_size_t(0))
+    pages.trim_heap()

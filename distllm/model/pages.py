@@ -1,9 +1,12 @@
-"""The memory pages under a tensor, which may be those of a mapped file. Knows no models."""
+"""Memory pages, under a tensor or of a mapped file, come and go. Knows no models."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -23,6 +26,23 @@ def give_back(tensor: torch.Tensor) -> None:
     """Tells the system that a tensor is not needed any more: its file may stay mapped for the sake of others."""
     if tensor.is_contiguous() or tensor.mT.is_contiguous():
         _advise(*_pages(tensor, outer=False), mmap.MADV_DONTNEED)
+
+
+def give_back_files(paths: Iterable[Path]) -> None:
+    """Does so with all pages of mapped files; what is still needed comes back from the cache when it is touched."""
+    names = {os.path.realpath(path) for path in paths}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        if name in names:
+            start, stop = (int(each, 16) for each in addresses.split("-"))
+            _advise(start, stop, mmap.MADV_DONTNEED)
+
+
+def trim_heap() -> None:
+    """Returns freed blocks to the system: malloc keeps large ones for the next, whose sizes may not suit them."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:  # glibc's; other libraries give back by themselves
+        trim(ctypes.c_size_t(0))
 
 
 def _pages(tensor: torch.Tensor, *, outer: bool) -> tuple[int, int]:

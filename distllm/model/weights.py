@@ -118,6 +118,8 @@ def load(
         ready = filling.fill(names)
         if isinstance(part, int) and finish is not None:
             finish(layers[part], ready)
+            pages.trim_heap()
+            pages.give_back_files(tensors.checkpoint.path / file for file in {places[name] for name in names})
         else:
             ends |= ready
     shard.read_bytes = filling.done()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import byte_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 SPARE_BYTES = 100 * 10**6
 
@@ -55,9 +55,8 @@ def run(script: str, *words: str) -> str:
     return done.stdout
 
 
-def make_checkpoint(folder: Path, dtype: torch.dtype, *, layers: int, tied: bool) -> tuple[int, int]:
-    """More than a gigabyte; gives the bytes of the whole and of its embedding table."""
-    config = LlamaConfig(
+def dense(*, layers: int, tied: bool) -> PretrainedConfig:
+    return LlamaConfig(
         hidden_size=1024,
         intermediate_size=8192,
         num_hidden_layers=layers,
@@ -67,6 +66,26 @@ def make_checkpoint(folder: Path, dtype: torch.dtype, *, layers: int, tied: bool
         max_position_embeddings=2048,
         tie_word_embeddings=tied,
     )
+
+
+def mixture() -> PretrainedConfig:
+    """Of experts that lie in a tensor each in the files, and all together in the model."""
+    return Qwen3MoeConfig(
+        hidden_size=1024,
+        moe_intermediate_size=512,
+        num_experts=32,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+
+
+def make_checkpoint(folder: Path, dtype: torch.dtype, config: PretrainedConfig) -> tuple[int, int]:
+    """More than a gigabyte; gives the bytes of the whole and of its embedding table."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder, max_shard_size="300MB")
     byte_tokenizer().save_pretrained(folder)
@@ -90,7 +109,7 @@ def check_peaks(ranks: list[dict[str, int]], held: list[int], one_more: int = 0)
 @pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rank_holds_its_own_part_and_little_more(tmp_path: Path, tied: bool, moved: bool) -> None:
-    checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, layers=18, tied=tied)
+    checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, dense(layers=18, tied=tied))
     told = json.loads(run(RANKS, str(tmp_path), "moved" if moved else "stays", "none", "own"))
     ranks, plans = told["ranks"], told["held"]
     assert len(plans) == 1 + moved
@@ -104,7 +123,7 @@ def test_a_rank_holds_its_own_part_and_little_more(tmp_path: Path, tied: bool, m
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["none", "int8", "int4"])
 def test_casting_and_quantizing_take_one_more_layer(tmp_path: Path, method: str) -> None:
-    checkpoint, table = make_checkpoint(tmp_path, torch.float32, layers=9, tied=True)
+    checkpoint, table = make_checkpoint(tmp_path, torch.float32, dense(layers=9, tied=True))
     told = json.loads(run(RANKS, str(tmp_path), "stays", method, "own"))
     layer = (checkpoint - table) // 9
     assert sum(rank["read_bytes"] for rank in told["ranks"]) == checkpoint + table
@@ -114,10 +133,22 @@ def test_casting_and_quantizing_take_one_more_layer(tmp_path: Path, method: str)
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["none", "int8", "int4"])
+def test_experts_take_one_more_layer(tmp_path: Path, method: str) -> None:
+    checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, mixture())
+    told = json.loads(run(RANKS, str(tmp_path), "stays", method, "own"))
+    layer = (checkpoint - table) // 10
+    assert sum(rank["read_bytes"] for rank in told["ranks"]) == checkpoint + table
+    assert sum(*told["held"]) < {"none": 1.06, "int8": 0.6, "int4": 0.42}[method] * checkpoint
+    check_peaks(told["ranks"], *told["held"], one_more=2 * layer)  # as it is stored, and put together
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["none", "int4"])
 def test_weights_that_are_sent_take_one_more_layer(tmp_path: Path, method: str) -> None:
     """Nothing of a rank is mapped then: a layer is there as it was sent, and packed or quantized."""
-    checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, layers=18, tied=True)
+    checkpoint, table = make_checkpoint(tmp_path, torch.bfloat16, dense(layers=18, tied=True))
     told = json.loads(run(RANKS, str(tmp_path), "stays", method, "push"))
     assert sum(rank["read_bytes"] for rank in told["ranks"]) == checkpoint + table
     check_peaks(told["ranks"], *told["held"], one_more=(checkpoint - table) // 18)
