@@ -94,6 +94,7 @@ class ClusterConfig:
     join_timeout_s: float = key(120.0, "longest wait for all ranks to register")
     load_timeout_s: float = key(120.0, "longest time that loading may stand still")
     deadline_s: float = key(30.0, "a rank that makes no progress for so long has hung")
+    recovery_deadline_s: float = key(120.0, "longest time to go on after losing a rank; 0 gives up at once")
 
 
 @dataclass(kw_only=True, slots=True)

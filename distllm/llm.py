@@ -14,8 +14,8 @@ from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig,
 from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
+from distllm.engine.epoch import Options
 from distllm.engine.home import home
-from distllm.engine.job import Options
 from distllm.engine.reader import Messages, Prompt, Reader
 from distllm.net.store import Rendezvous
 from distllm.validation import validate_engine
@@ -42,6 +42,7 @@ def launched(environ: Mapping[str, str] = os.environ) -> Rendezvous | None:
             port=int(environ["MASTER_PORT"]),
             job=f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
             hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            run_id=environ.get("TORCHELASTIC_RUN_ID"),
         )
     except KeyError as missing:
         raise ValueError(f"RANK and WORLD_SIZE are set, but {missing} is not; start the ranks with torchrun") from None

@@ -64,6 +64,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"plan__min_gain": float("nan")}, r"plan\.min_gain=nan: .*0 to 1, a share"),
     ({"cluster__deadline_s": 0.5}, r"cluster\.deadline_s=0\.5: .*1 to 86400"),
     ({"cluster__deadline_s": float("inf")}, r"cluster\.deadline_s=inf: .*1 to 86400"),
+    ({"cluster__recovery_deadline_s": -1.0}, r"cluster\.recovery_deadline_s=-1\.0: .*0 to 86400"),
     ({"cluster__join_timeout_s": 0}, r"cluster\.join_timeout_s=0: .*more than 0 and at most 86400 seconds"),
     (
         {"cluster__load_timeout_s": float("nan")},

@@ -34,8 +34,8 @@ def time_stages(pipeline: Pipeline, engine: EngineConfig) -> Timing:
     Raises:
         WireBroken: the ring is gone.
     """
-    wanted = min(engine.steps_in_flight or pipeline.stages, pipeline.stages)
-    places = min(ROWS * wanted, engine.max_requests, pipeline.kv_tokens // engine.block_tokens)
+    wanted = pipeline.steps_in_flight
+    places = min(ROWS * wanted, engine.max_requests, pipeline.kv_blocks)
     together = min(wanted, places)
     done = _run(pipeline, _steps(together, places // together), together)[together:]
     stages = list(zip(*(each.times for each in done), strict=True))

@@ -36,6 +36,14 @@ VERDICT_TIMEOUT_S = 1.5
 JOIN_GRACE_S = 1.0
 
 
+class Verdict(EngineError):
+    """Why a ring broke, or did not form; `lost` are the ranks without which the job has to go on, if it can."""
+
+    def __init__(self, sentence: str, lost: Iterable[int] = ()) -> None:
+        super().__init__(sentence)
+        self.lost = frozenset(lost)
+
+
 class Registrar:
     """Takes registrations, on RPC threads."""
 
@@ -63,6 +71,11 @@ class Registrar:
                 self._refused = f"{member} was refused: {refusal}"
         return refusal
 
+    def forget(self, rank: int) -> None:
+        """A rank is gone; another process may register in its place."""
+        with self._lock:
+            self._taken.pop(rank, None)
+
     def knows(self, life: str) -> bool:
         """Whether this process life belongs to the job; asking proves that the master lives."""
         with self._lock:
@@ -82,6 +95,10 @@ class Registrar:
 class Cluster:
     """All ranks of a job, as rank 0 sees them.
 
+    Attributes:
+        members: those that are there, by rank.
+        lost_ranks: how many have been lost since the beginning.
+
     Raises:
         EngineError: a rank did not register in time, ended before, or was refused.
     """
@@ -90,11 +107,11 @@ class Cluster:
         self.node = node
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
-        registrar = Registrar(self._me)
-        expose("master", registrar)
+        self._registrar = Registrar(self._me)
+        expose("master", self._registrar)
         with _store_needed():
             node.lead()
-        registrations = self._gather(registrar, world_size, join_timeout_s)
+        registrations = self._gather(self._registrar, world_size, join_timeout_s)
         self.members = {0: self._me} | {rank: each.member for rank, each in sorted(registrations.items())}
         self._identities: dict[int, AgentId] = {rank: each.identity for rank, each in registrations.items()}
         self._peers: dict[int, Peer] = {}
@@ -103,6 +120,7 @@ class Cluster:
                 self._peers[rank] = Peer(identity, "worker")
             except PeerLost as lost:
                 raise self.lost({rank: lost}, {}) from lost
+        self.lost_ranks = 0
         self._confirm()
 
     def _confirm(self) -> None:
@@ -233,8 +251,8 @@ class Cluster:
                 if status.epoch == epoch and status.done:
                     waiting.discard(rank)
                 elif status.still_s > still_s:
-                    raise EngineError(
-                        f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s"
+                    raise Verdict(
+                        f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s", [rank]
                     )
             seen(told)
             if waiting:
@@ -255,13 +273,13 @@ class Cluster:
                     raise self.lost({rank: status}, {})
             wait([until], timeout=POLL_S)
 
-    def _failure(self, rank: int, status: Status) -> EngineError | None:
+    def _failure(self, rank: int, status: Status) -> Verdict | None:
         """What went wrong within the rank itself, if anything."""
         if not status.failure or status.ring_broke:
             return None
-        return EngineError(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}")
+        return Verdict(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}", [rank])
 
-    def verdict(self, broken: Exception, ring: list[int], last_step: int) -> EngineError:
+    def verdict(self, broken: Exception, ring: list[int], last_step: int) -> Verdict:
         """Finds out who broke a ring.
 
         Args:
@@ -285,16 +303,17 @@ class Cluster:
         if busy:
             # Those before it are busy too, with later steps that they cannot hand on.
             rank, status = min(busy.items(), key=lambda item: item[1].received)
-            return EngineError(
+            return Verdict(
                 f"{self.members[rank]} hangs in {in_words(status.received)} for {status.still_s:.0f} s; "
-                f"{finished_in_words(status.finished)}"
+                f"{finished_in_words(status.finished)}",
+                [rank],
             )
-        return EngineError(
+        return Verdict(
             f"the ring broke although every rank answers: {broken}; "
             "was rank 0 busy for longer than cluster.deadline_s, or is a link between two hosts down?"
         )
 
-    def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> EngineError:
+    def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> Verdict:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""
         sentences = []
         for rank, peer in sorted(silent.items()):
@@ -302,7 +321,23 @@ class Cluster:
             killed = ", so the master killed it" if peer.timed_out and not ended and self._kill(rank) else ""
             step = f"; {finished_in_words(finished[rank])}" if rank in finished else ""
             sentences.append(f"{self.members[rank]} is lost: {ended or peer.reason}{killed}{step}")
-        return EngineError("; ".join(sentences))
+        return Verdict("; ".join(sentences), silent)
+
+    def bury(self, ranks: Iterable[int]) -> None:
+        """Goes on without some ranks: ends them where it can, and has all others forget them, so that others can come.
+
+        One that is alive but out of reach finds that its master does not know it any more, and ends.
+        """
+        gone: list[AgentId] = []
+        for rank in ranks:
+            self._kill(rank)
+            self._registrar.forget(rank)
+            gone.append(self._identities.pop(rank))
+            del self.members[rank], self._peers[rank]
+        self.lost_ranks += len(gone)
+        if gone:
+            self.node.agent.bury(gone)
+            self._ask("bury", dict.fromkeys(self._peers, gone), VERDICT_TIMEOUT_S)
 
     def _kill(self, rank: int) -> bool:
         """Kills a process of this host, if it is certainly that one."""

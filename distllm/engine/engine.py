@@ -13,10 +13,12 @@ from distllm.core import Request
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink
+from distllm.engine.epoch import Options
 from distllm.engine.home import home
-from distllm.engine.job import Job, Options
+from distllm.engine.job import Job
 from distllm.engine.master import Master
 from distllm.engine.orders import Status
+from distllm.engine.pipeline import Pipeline
 from distllm.engine.reader import Reader
 from distllm.engine.stored import stored_quantization
 from distllm.net.store import Rendezvous
@@ -81,9 +83,9 @@ class Engine:
             self.job = Job(options, reader.blueprint, self._ranks.cluster)
             opened.callback(self.job.unload)
             pipeline = self.job.start()
-            opened.callback(pipeline.free)
-            self._mine = Status(read_bytes=pipeline.read_bytes, held_bytes=pipeline.held_bytes)
-            self.master = Master(pipeline, _scheduler(self.job, pipeline.stages), options.engine.prompt_chunk)
+            self.master = Master(
+                pipeline, _scheduler(self.job, pipeline), options.engine.prompt_chunk, self.job.recover
+            )
             opened.callback(self.master.close)
             self._opened = opened.pop_all()
         # A thread that is within torch while the interpreter goes down would take the process with it.
@@ -123,7 +125,8 @@ class Engine:
         totals = self.master.stats
         said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
-        heard[0] = replace(self._mine, peak_bytes=host.peak_memory())
+        mine = self.master.pipeline
+        heard[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
             spent = totals.stages[place] if place < len(totals.stages) else None
@@ -155,13 +158,13 @@ class Engine:
         self._opened.close()
 
 
-def _scheduler(job: Job, stages: int) -> Scheduler:
+def _scheduler(job: Job, pipeline: Pipeline) -> Scheduler:
     engine = job.options.engine
     return Scheduler(
-        BlockPool(job.plan.kv_tokens // engine.block_tokens),
+        BlockPool(pipeline.kv_blocks),
         block_tokens=engine.block_tokens,
         max_requests=engine.max_requests,
         prompt_chunk=engine.prompt_chunk,
-        steps_in_flight=min(engine.steps_in_flight or stages, stages),  # more than the ring holds would stand still
+        steps_in_flight=pipeline.steps_in_flight,
         context_length=job.sizes.context_length,
     )

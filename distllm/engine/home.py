@@ -93,7 +93,10 @@ class Home:
             return
         if self._launched is not None:
             failed = getattr(sys, "last_value", None) is not None
-            self._launched.stop(int(failed) if code is None else code)
+            code = int(failed) if code is None else code
+            self._launched.stop(code)
+            if code == 0 and self._launched.lost_ranks:
+                store.release_launchers(promised)
         elif not promised.hosts_store:
             with suppress(ValueError, ConnectionError):  # the store is gone, and they will notice that
                 store.give_up(promised)

@@ -16,6 +16,7 @@ from distllm.model.checkpoint import Checkpoint
 from distllm.model.pushed import PushedCheckpoint
 from distllm.model.quantize import Recipe
 from distllm.model.runner import Runner
+from distllm.model.shard import Shard
 from distllm.net import frame as frames
 from distllm.net.fetch import Receiver
 
@@ -25,28 +26,68 @@ PATIENCE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a rank holds after an order; `position` is its place in the ring."""
+    """What a rank holds after an order; `position` is its place in the ring.
+
+    `read_bytes` are those of files, for this order and those before it.
+    """
 
     order: LoadOrder
     blueprint: Blueprint
     runner: Runner
     position: int
     frame_bytes: int
+    read_bytes: int
 
 
-def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint: Blueprint | None = None) -> Loaded:
-    """Reads what the order's plan gives to a rank.
+@dataclass(slots=True)
+class Kept:
+    """What a rank held before an order: it is used up by loading, so that nothing is in memory twice."""
+
+    order: LoadOrder
+    blueprint: Blueprint
+    shard: Shard | None
+    read_bytes: int
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> Kept:
+        return cls(loaded.order, loaded.blueprint, loaded.runner.shard, loaded.read_bytes)
+
+    def fits(self, order: LoadOrder) -> bool:
+        """Whether its weights are held as an order wants them."""
+        before, now = self.order, order
+        return (before.model, before.fingerprint, before.quantization) == (now.model, now.fingerprint, now.quantization)
+
+    def blueprint_for(self, order: LoadOrder) -> Blueprint | None:
+        """What is known of the model, if it holds for an order; what rank 0 sends comes from elsewhere each time."""
+        return self.blueprint if self.fits(order) and self.order.push is None and order.push is None else None
+
+    def take(self) -> Shard | None:
+        shard, self.shard = self.shard, None
+        return shard
+
+
+def load(order: LoadOrder, rank: int, progress: Callable[[int], None], kept: Kept | None = None) -> Loaded:
+    """Reads what the order's plan gives to a rank, but for what it holds already.
 
     Args:
         progress: called with bytes read, from any thread.
-        blueprint: of the order's model, if it was looked through before.
+        kept: from the order before; if it is of another model it is dropped.
 
     Raises:
         ValueError: the files are missing, broken, or not those of the master, or weights do not come from there.
     """
-    if blueprint is None:
-        with _checkpoint(order, alive=lambda: progress(0)) as checkpoint:
-            return load(order, rank, progress, _blueprint(order, checkpoint))
+    if kept is not None and not kept.fits(order):
+        kept.take()
+        kept = None
+    if kept is not None and (blueprint := kept.blueprint_for(order)) is not None:
+        return _load(order, rank, progress, blueprint, kept)
+    with _checkpoint(order, alive=lambda: progress(0)) as checkpoint:
+        return _load(order, rank, progress, _blueprint(order, checkpoint), kept)
+
+
+def _load(
+    order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint: Blueprint, kept: Kept | None
+) -> Loaded:
     engine = order.engine
     position = [stage.rank for stage in order.plan.stages].index(rank)
     runner = blueprint.load(
@@ -58,9 +99,11 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint
         recipe=Recipe.of(order.quantization) if order.quantization.on(rank) else None,
         pack_weights=engine.pack_weights,
         progress=progress,
+        before=kept.take() if kept else None,
     )
     assert runner is not None, f"rank {rank} has no part in the plan"
-    return Loaded(order, blueprint, runner, position, frame_bytes(order, blueprint))
+    read_bytes = runner.shard.read_bytes + (kept.read_bytes if kept else 0)
+    return Loaded(order, blueprint, runner, position, frame_bytes(order, blueprint), read_bytes)
 
 
 @contextmanager

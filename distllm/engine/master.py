@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +20,15 @@ from distllm.engine.pace import Pace
 from distllm.engine.pipeline import Done, Pipeline
 from distllm.engine.stats import Stats
 from distllm.net.wire import WireBroken
+from distllm.plan.blocks import BlockPool
 from distllm.plan.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 10.0
+
+Recover = Callable[[Exception, Pipeline, float], Pipeline]
+"""Makes a new ring in place of a broken one; the last is the time of the first break after which nothing came home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +41,16 @@ class Cancel:
 class Master:
     """Runs the requests of one model on one pipeline until it is closed or the pipeline breaks."""
 
-    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int) -> None:
-        self._pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int, recover: Recover) -> None:
+        self.pipeline = pipeline
+        self._recover = recover
         self._scheduler = scheduler
         self._pace = Pace(prompt_chunk, pipeline.deadline_s)
         scheduler.set_prompt_chunk(self._pace.chunk)
         self._inbox: queue.SimpleQueue[Delivery | Cancel | None] = queue.SimpleQueue()
         self._deliveries: dict[int, Delivery] = {}
         self._closing = False
+        self._broken_at: float | None = None
         self._lock = threading.Lock()
         self._failure: EngineError | None = None
         self.stats = Stats()
@@ -77,7 +84,8 @@ class Master:
     def close(self) -> None:
         """Ends the epoch; what runs is given up."""
         self._inbox.put(None)
-        self._thread.join(END_TIMEOUT_S + self._pipeline.deadline_s)
+        self._thread.join(END_TIMEOUT_S + self.pipeline.deadline_s)
+        self.pipeline.free()
 
     def _run(self) -> None:
         """The thread; this is the edge at which whatever ended the engine is told to every caller."""
@@ -93,14 +101,34 @@ class Master:
         self._deliveries.clear()
 
     def _serve(self) -> EngineError:
-        """Runs until the engine is closed or the ring breaks, and says which."""
-        torch.set_num_threads(self._pipeline.threads)
-        try:
-            with self._pipeline:
-                self._loop()
-        except WireBroken as broken:
-            return self._pipeline.verdict(broken)
-        return EngineError("the engine is closed")
+        """Runs until the engine is closed, or the ring breaks and cannot be replaced, and says which."""
+        while True:
+            torch.set_num_threads(self.pipeline.threads)
+            try:
+                with self.pipeline:
+                    self._loop()
+                return EngineError("the engine is closed")
+            except WireBroken as broken:
+                try:
+                    self._go_on(broken)
+                except EngineError as end:
+                    return end
+
+    def _go_on(self, broken: WireBroken) -> None:
+        """A new ring in place of a broken one; every request waits again, with the tokens that it has.
+
+        Raises:
+            EngineError: there is none to be had.
+        """
+        began = time.monotonic()
+        self._broken_at = self._broken_at or began
+        self.pipeline = self._recover(broken, self.pipeline, self._broken_at)
+        pool, steps = BlockPool(self.pipeline.kv_blocks), self.pipeline.steps_in_flight
+        for request in self._scheduler.rewind(pool, steps_in_flight=steps):
+            room = f"there is KV room for {pool.blocks} blocks of tokens left, and this request has more"
+            self._deliveries.pop(request).fail(EngineError(f"{broken}; {room}"))
+        self.stats.new_epoch()
+        logger.warning("%d requests go on after %.1f s", self._scheduler.waiting, time.monotonic() - began)
 
     def _drain(self) -> Sequence[Delivery]:
         waiting = []
@@ -116,8 +144,8 @@ class Master:
             if self._closing:
                 return
             if (step := self._scheduler.next_step()) is not None:
-                self._pipeline.send(step)
-            elif self._pipeline.in_flight:
+                self.pipeline.send(step)
+            elif self.pipeline.in_flight:
                 self._collect()
             elif not self._scheduler.has_work:
                 self._idle()
@@ -129,9 +157,9 @@ class Master:
     def _idle(self) -> None:
         """Waits for work; from time to time a pulse shows that every stage is there."""
         try:
-            self._take(self._inbox.get(timeout=self._pipeline.pulse_s))
+            self._take(self._inbox.get(timeout=self.pipeline.pulse_s))
         except queue.Empty:
-            self._pipeline.pulse()
+            self.pipeline.pulse()
 
     def _take(self, item: Delivery | Cancel | None) -> None:
         match item:
@@ -145,7 +173,8 @@ class Master:
                 self._scheduler.add(item.request)
 
     def _collect(self) -> None:
-        done = self._pipeline.receive()
+        done = self.pipeline.receive()
+        self._broken_at = None
         self.stats.add(tokens=len(done.tokens), times=done.times, seconds=done.seconds)
         self._mind_the_deadline(done)
         for commit in self._scheduler.commit(done.step.id, done.tokens):

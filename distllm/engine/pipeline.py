@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from distllm.core import EngineError, Step
-from distllm.engine import host
-from distllm.engine.cluster import Cluster
+from distllm.core import Step
+from distllm.engine.cluster import Cluster, Verdict
 from distllm.engine.loading import Loaded
 from distllm.engine.worker import Outbox
+from distllm.model.runner import Runner
 from distllm.net import frame as frames
 from distllm.net.frame import Frame, Kind, StageTime
 from distllm.net.wire import Wire
@@ -39,7 +39,7 @@ class Pipeline:
     """One epoch of one model, seen from rank 0. Leaving it as a context ends the epoch on every rank."""
 
     def __init__(self, loaded: Loaded, wire: Wire | None, cluster: Cluster | None) -> None:
-        self._runner = loaded.runner
+        self._runner: Runner | None = loaded.runner
         self._dtype = loaded.runner.shard.dtype
         self._ring = [stage.rank for stage in loaded.order.plan.stages]
         self._wire = wire
@@ -49,10 +49,12 @@ class Pipeline:
         self._home: deque[Done] = deque()
         self._last_step = -1
         self.threads = loaded.order.threads
-        self.kv_tokens = loaded.order.plan.kv_tokens
-        self.stages = len(self._ring)
+        engine = loaded.order.engine
+        self.kv_blocks = loaded.order.plan.kv_tokens // engine.block_tokens
+        # More steps than the ring has stages would stand still.
+        self.steps_in_flight = min(engine.steps_in_flight or len(self._ring), len(self._ring))
         self.deadline_s = loaded.order.deadline_s
-        self.read_bytes = loaded.runner.shard.read_bytes
+        self.read_bytes = loaded.read_bytes
         self.held_bytes = loaded.runner.shard.nbytes
         self.pulse_s = min(PULSE_S, self.deadline_s / PULSES_PER_DEADLINE) if wire else None
 
@@ -67,6 +69,7 @@ class Pipeline:
             WireBroken: the ring is gone.
         """
         began = time.perf_counter()
+        assert self._runner is not None, "the epoch has ended"
         result = self._runner.run(step, None)
         spent = StageTime(0.0, result.body_seconds, result.head_seconds)
         if self._wire is None:
@@ -109,15 +112,14 @@ class Pipeline:
         assert self._wire is not None
         return frames.decode(self._wire.receive(), self._dtype)
 
-    def verdict(self, broken: Exception) -> EngineError:
+    def verdict(self, broken: Exception) -> Verdict:
         """Who broke the ring."""
         assert self._cluster is not None, "one rank alone has no ring to break"
         return self._cluster.verdict(broken, self._ring, self._last_step)
 
     def free(self) -> None:
-        """Forgets rank 0's shard, after the epoch has ended."""
-        del self._runner
-        host.give_back_memory()
+        """Forgets what rank 0 ran the epoch with, after it has ended."""
+        self._runner = None
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,10 @@ class Stats:
     last_home: float = 0.0
     stages: list[StageTotals] = field(default_factory=list)
 
+    def new_epoch(self) -> None:
+        """Stages are others from now on."""
+        self.stages = []
+
     def add(self, *, tokens: int, times: Sequence[StageTime], seconds: float) -> None:
         """Takes a step that has come home now, `seconds` after it left."""
         now = time.perf_counter()

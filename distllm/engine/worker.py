@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from distllm.engine import host
-from distllm.engine.loading import Loaded, load
+from distllm.engine.loading import Kept, Loaded, load
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Order, Status, StopOrder, UnloadOrder
 from distllm.net import frame as frames
+from distllm.net.control import AgentId, bury_here
 from distllm.net.frame import Frame, Kind, StageTime
 from distllm.net.node import Node
 from distllm.net.wire import Wire, WireBroken
@@ -100,6 +101,12 @@ class Worker:
     def unload(self, epoch: int) -> bool:
         return self._take(UnloadOrder(epoch), epoch)
 
+    def bury(self, dead: Sequence[AgentId]) -> bool:
+        """Forgets ranks that are gone, so that others can come."""
+        for each in dead:
+            bury_here(each)
+        return True
+
     def stop(self, code: int) -> bool:
         self._inbox.put(StopOrder(code))
         return True
@@ -153,15 +160,10 @@ class Worker:
     def _load(self, order: LoadOrder) -> None:
         torch.set_num_threads(order.threads)
         self._snapshot.note(loaded_bytes=0)
-        before, self._loaded = self._loaded, None
-        blueprint = None
-        if before is not None and _same_files(before.order, order):
-            blueprint = before.blueprint
-        del before
-        host.give_back_memory()
-        self._loaded = load(order, self.rank, self._snapshot.add_loaded, blueprint)
-        shard = self._loaded.runner.shard
-        self._snapshot.note(read_bytes=shard.read_bytes, held_bytes=shard.nbytes)
+        kept = None if self._loaded is None else Kept.of(self._loaded)
+        self._loaded = None
+        self._loaded = load(order, self.rank, self._snapshot.add_loaded, kept)
+        self._snapshot.note(read_bytes=self._loaded.read_bytes, held_bytes=self._loaded.runner.shard.nbytes)
 
     def _serve_ring(self, order: JoinOrder) -> None:
         assert self._loaded is not None, "a rank loads before it joins"
@@ -178,12 +180,6 @@ class Worker:
             Station(loaded, wire, self._snapshot).serve()
         finally:
             wire.close()
-
-
-def _same_files(before: LoadOrder, now: LoadOrder) -> bool:
-    """Whether what is known of a model holds for the next order; what rank 0 sends comes from elsewhere each time."""
-    same = (before.model, before.fingerprint) == (now.model, now.fingerprint)
-    return same and before.push is None and now.push is None
 
 
 class Station:

@@ -145,8 +145,8 @@ class CachedAttention:
         return torch.cat(parts_tHK).unsqueeze(0)
 
 
-def attach(model: PreTrainedModel, attention: AttentionRecorder | CachedAttention) -> None:
-    """Tells every attention module of a model who answers for it."""
+def attach(model: PreTrainedModel, attention: AttentionRecorder | CachedAttention | None) -> None:
+    """Tells every attention module of a model who answers for it; None frees the cache of who did."""
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.distllm = attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 
 from distllm.config import QuantizationConfig
 from distllm.core import ModelSizes, Plan, Span
-from distllm.model import attention, families, linear, weights
+from distllm.model import attention, families, linear, pages, weights
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.families import Anatomy
 from distllm.model.files import LocalFiles
@@ -110,10 +111,12 @@ class Blueprint:
         recipe: Recipe | None = None,
         pack_weights: bool = True,
         progress: Progress = lambda _: None,
+        before: Shard | None = None,
     ) -> Runner | None:
         """Reads what the plan gives to a rank; None if that is nothing.
 
         Args:
+            before: of the same model and recipe; what it has is taken from it and not read again.
             recipe: for weights in fewer bits.
             pack_weights: lay the other weights out for the CPU's kernels, if it has some for this dtype.
             progress: called with bytes of the checkpoint that are done, from any thread; reading a weight, and packing
@@ -126,6 +129,10 @@ class Blueprint:
         if stage is None:
             return None
         shard = self.shard(stage.span)
+        if before is not None:
+            shard.take(before)
+            gc.collect()
+            pages.trim_heap()
         finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
         ready = weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)
         shard.drop_table()

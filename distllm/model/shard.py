@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distllm.core import Span
-from distllm.model import families, linear
+from distllm.model import attention, families, linear
 from distllm.model.attention import CachedAttention
 from distllm.model.cache import KVCache, Layout
 from distllm.model.families import Anatomy
@@ -62,6 +62,7 @@ class Shard:
 
     Attributes:
         read_bytes: of the checkpoint's files, to fill it.
+        kept: parts that another shard has filled: numbers of layers, `embed`, `head`.
     """
 
     def __init__(self, config: PretrainedConfig, anatomy: Anatomy, span: Span, dtype: torch.dtype) -> None:
@@ -72,6 +73,7 @@ class Shard:
             self.model = families.build(config, dtype)
         _empty(self.model, anatomy, span)
         self.read_bytes = 0
+        self.kept: frozenset[int | str] = frozenset()
         self.body_done = 0.0
         self.base.register_forward_hook(self._note_time)
         self._attention: CachedAttention | None = None
@@ -85,6 +87,35 @@ class Shard:
         """Bytes of weights; a tensor that is used twice counts once."""
         tensors = {t.data_ptr(): t.nbytes for t in self.model.state_dict().values()}
         return int(sum(tensors.values())) + linear.packed_bytes(self.model)
+
+    def take(self, other: Shard) -> None:
+        """Takes over the parts that it has in common with a filled shard of the same model, which is of no use then.
+
+        What was quantized or packed there stays so.
+        """
+        attention.attach(other.model, None)
+        mine, theirs = self.span, other.span
+        kept: set[int | str] = set()
+        layers, others = (shard.base.get_submodule(self.anatomy.layers) for shard in (self, other))
+        for index in range(max(mine.start, theirs.start), min(mine.stop, theirs.stop)):
+            layers[index] = others[index]
+            kept.add(index)
+        if mine.embed and theirs.embed:
+            kept.add("embed")
+            self._take_parts(other, {self.anatomy.embed, *self.anatomy.before, *self.anatomy.positions})
+        if mine.head and theirs.head:
+            kept.add("head")
+            self._take_parts(other, set(self.anatomy.after))
+            head = families.name_of(other.model, other.model.get_output_embeddings())
+            self.model.set_submodule(head, other.model.get_submodule(head))
+            self.drop_table()
+        self.kept = frozenset(kept)
+        del other.model, other._attention
+
+    def _take_parts(self, other: Shard, names: set[str]) -> None:
+        """Those that work before and after the layers have no weights."""
+        for name in names - (set(self.anatomy.before) & set(self.anatomy.after)):
+            self.base.set_submodule(name, other.base.get_submodule(name))
 
     def drop_table(self) -> None:
         """Leaves the embedding table to a tied head, once that has it, where nothing looks a token up in it."""

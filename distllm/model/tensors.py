@@ -213,7 +213,8 @@ class TensorMap:
     def owned(self, shard: Shard) -> list[str]:
         """Names, in the checkpoint, of the tensors that this shard needs."""
         parameters = shard.model.state_dict()
-        return [name for name, target in self.targets.items() if target.parameter in parameters]
+        owned = [name for name, target in self.targets.items() if target.parameter in parameters]
+        return [name for name in owned if self._part(self.targets[name].parameter) not in shard.kept]
 
     def used_in_place(self, names: Collection[str], dtype: torch.dtype) -> bool:
         """Whether tensors stay where they lie in mapped files: none is cast, joined with others or cut."""

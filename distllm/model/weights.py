@@ -123,7 +123,7 @@ def load(
         else:
             ends |= ready
     shard.read_bytes = filling.done()
-    if shard.span.head and shard.model.get_output_embeddings().weight not in ends:
+    if shard.span.head and "head" not in shard.kept and shard.model.get_output_embeddings().weight not in ends:
         shard.model.tie_weights()
     shard.model.requires_grad_(False)
     empty = [name for name, each in shard.model.named_parameters() if each.is_meta and each not in ends]

@@ -11,7 +11,7 @@ from distllm.net import control, store
 from distllm.net.address import Interface, loopback
 from distllm.net.control import Agent, AgentId
 from distllm.net.store import Rendezvous
-from distllm.net.wire import Wire
+from distllm.net.wire import Wire, WireBroken
 
 CONNECT_TIMEOUT_S = 60.0
 
@@ -39,7 +39,6 @@ class Node:
             if rendezvous.one_host
             else store.choose_interface(rendezvous, self.store, interface, join_timeout_s)
         )
-        self._wire_store = store.connect(rendezvous, CONNECT_TIMEOUT_S)
         name = f"rank{rendezvous.rank}_{self.life}"
         self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, join_timeout_s)
 
@@ -81,11 +80,17 @@ class Node:
     def wire(self, epoch: int, *, position: int, devices: Sequence[str], receive_bytes: int, deadline_s: float) -> Wire:
         """Joins the ring of an epoch.
 
+        By a client of the store of its own: one that still waits for a ring that will not form would hold it up.
+
         Raises:
             WireBroken: it did not form within the deadline.
         """
+        try:
+            client = store.connect(self.rendezvous, deadline_s)
+        except ValueError as error:
+            raise WireBroken(str(error)) from error
         return Wire(
-            self._wire_store,
+            client,
             epoch,
             self.interface,
             position=position,

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MASTER = "master"
 GIVEN_UP = "given up"
+# What torchrun's agents wait for at the end, in the store that they share with us.
+LAST_AGENT = "torchelastic/agent/terminal_state/last_member"
 POLL_S = 0.05
 CONNECT_SLICE_S = 10.0
 PROBE_TIMEOUT_S = 2.0
@@ -30,7 +32,7 @@ class Rendezvous:
     """Where the ranks of a job meet.
 
     `job` separates jobs and restarts that share a store. `hosts_store` says that rank 0 opens the store itself, because
-    no launcher did; `one_host` that all ranks are known to be on this host.
+    no launcher did; `one_host` that all ranks are known to be on this host. `run_id` is torchrun's, if it started them.
     """
 
     rank: int
@@ -40,6 +42,7 @@ class Rendezvous:
     job: str
     hosts_store: bool = False
     one_host: bool = False
+    run_id: str | None = None
 
 
 def serve_on_loopback() -> tuple[Store, int]:
@@ -165,6 +168,24 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
     if len(hosts) == 1:
         return address.loopback()
     return address.routing_to(rendezvous.host, rendezvous.port)
+
+
+def release_launchers(rendezvous: Rendezvous) -> None:
+    """Ends the wait of torchrun's agents for one another, when a job has ended well without some of them.
+
+    An agent whose rank has ended waits up to five minutes for those of the others, which may be gone.
+    """
+    if rendezvous.run_id is None:
+        return
+    with suppress(RuntimeError):  # it has ended already, and the wait with it
+        client = TCPStore(
+            rendezvous.host,
+            rendezvous.port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=CONNECT_SLICE_S),
+        )
+        PrefixStore(rendezvous.run_id, client).set(LAST_AGENT, "")
 
 
 def give_up(rendezvous: Rendezvous) -> None:

@@ -1,4 +1,4 @@
-"""Dead and hung workers: the job ends in time, non-zero, and names who it was."""
+"""Dead and hung workers, and a job that is told not to go on: it ends in time, non-zero, and names who it was."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ Start = Callable[[Sequence[Sequence[str]]], Job]
 def words(model: Path) -> list[str]:
     """A job that writes for longer than any test waits."""
     engine = ["sampling.max_tokens=40000", "sampling.ignore_eos=true", f"cluster.deadline_s={DEADLINE_S}"]
-    return [f"model.path={model}", "cluster.threads=1", "engine.max_requests=2", *engine, "prompt=hello"]
+    cluster = ["cluster.threads=1", "cluster.recovery_deadline_s=0"]
+    return [f"model.path={model}", *cluster, "engine.max_requests=2", *engine, "prompt=hello"]
 
 
 def strike(process: psutil.Process, sign: signal.Signals) -> None:
@@ -77,7 +78,7 @@ import sys
 from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig
 
-cluster = ClusterConfig(threads=1, deadline_s=float(sys.argv[2]))
+cluster = ClusterConfig(threads=1, deadline_s=float(sys.argv[2]), recovery_deadline_s=0)
 with LLM(sys.argv[1], workers=4, cluster=cluster, engine=EngineConfig(max_requests=2)) as llm:
     try:
         for piece in llm.stream("hello", SamplingParams(max_tokens=40000, ignore_eos=True)):
@@ -133,8 +134,10 @@ def fault(kind):
     print("the fault happens", file=sys.stderr, flush=True)
     if kind == "raise":
         raise RuntimeError("no such kernel")
-    if kind == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "exit":
+        os._exit(3)
+    if kind in ("die", "segfault"):
+        os.kill(os.getpid(), signal.SIGKILL if kind == "die" else signal.SIGSEGV)
     time.sleep(1000)
 
 def spoil(kind, place):
@@ -185,7 +188,7 @@ def test_a_fault_is_told_wherever_it_strikes(start: Start, endless: Path, kind: 
 
 
 def test_a_death_in_an_idle_ring_is_noticed_before_a_long_deadline(tmp_path: Path) -> None:
-    cluster = ClusterConfig(workers=2, threads=1, deadline_s=600)
+    cluster = ClusterConfig(workers=2, threads=1, deadline_s=600, recovery_deadline_s=0)
     with LLM(tiny_checkpoint(tmp_path), cluster=cluster) as llm:
         (worker,) = psutil.Process().children()
         strike(worker, signal.SIGKILL)
@@ -206,7 +209,8 @@ def test_a_verdict_that_fails_still_ends_what_waits(tmp_path: Path, monkeypatch:
         raise RuntimeError("no idea")
 
     monkeypatch.setattr(Pipeline, "verdict", verdict)
-    with LLM(tiny_checkpoint(tmp_path), cluster=ClusterConfig(workers=2, threads=1)) as llm:
+    cluster = ClusterConfig(workers=2, threads=1, recovery_deadline_s=0)
+    with LLM(tiny_checkpoint(tmp_path), cluster=cluster) as llm:
         stream = llm.stream("hello", SamplingParams(max_tokens=400, ignore_eos=True))
         next(stream)
         (worker,) = psutil.Process().children()

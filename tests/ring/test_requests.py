@@ -132,9 +132,9 @@ def test_a_request_that_cannot_be_answered_harms_no_other(tmp_path: Path) -> Non
 
 def test_a_closed_llm_holds_no_weights(tmp_path: Path) -> None:
     def shards() -> int:
+        gc.collect()
         return sum(type(each) is Shard for each in gc.get_objects())
 
-    gc.collect()
     before = shards()
     with opened(tiny_checkpoint(tmp_path), 1) as llm:
         assert shards() == before + 1

@@ -1,0 +1,202 @@
+"""One epoch after another: every rank of a plan loads what it has not yet, then all join one ring."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, WeightsConfig
+from distllm.core import EngineError, Member, Plan, Span
+from distllm.engine.cluster import POLL_S, Cluster
+from distllm.engine.loading import Kept, Loaded, load
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push
+from distllm.engine.pipeline import Pipeline
+from distllm.engine.progress import LoadProgress
+from distllm.engine.sending import gather, pushed_ranks, sending
+from distllm.model.blueprint import Blueprint
+from distllm.net.wire import WireBroken
+from distllm.plan.replan import loaded_bytes
+
+logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The sections of the configuration that make an engine."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+class Epochs:
+    """The epochs of one model on one set of ranks."""
+
+    def __init__(self, options: Options, blueprint: Blueprint, cluster: Cluster | None) -> None:
+        self.options = options
+        self.blueprint = blueprint
+        self._cluster = cluster
+        self._epoch = 0
+        self._held: Mapping[int, Span] = {}
+        self._mine: Future[Loaded] | None = None
+
+    def form(self, plan: Plan, members: Sequence[Member]) -> Pipeline:
+        """The next one, when the one before has ended.
+
+        Raises:
+            Verdict: a rank is lost or stands still.
+            EngineError: a rank cannot do its part, or rank 0 itself; names it.
+            ValueError: this rank's files cannot be read.
+        """
+        others = [stage.rank for stage in plan.stages[1:]]
+        kept = self._kept()
+        before, self._held = self._held, {stage.rank: stage.span for stage in plan.stages}
+        sizes = self.blueprint.sizes
+        totals = {stage.rank: loaded_bytes(sizes, before.get(stage.rank), stage.span) for stage in plan.stages}
+        with LoadProgress(totals) as progress, self._sending(plan, progress) as pushes:
+            orders = self._orders(plan, members, pushes)
+            torch.set_num_threads(orders[0].threads)
+            if self._cluster is not None:
+                self._cluster.order("load", {rank: orders[rank] for rank in others})
+            kept = kept or Kept(orders[0], self.blueprint, None, 0)
+            self._mine = mine = in_thread(partial(load, orders[0], 0, progress.add_mine, kept))
+            del kept
+            self._wait(others, mine, progress)
+        logger.debug("every rank has loaded")
+        with rank_0_is("loading"):
+            loaded = mine.result()
+        return self._join(loaded, others)
+
+    def _kept(self) -> Kept | None:
+        """What rank 0 holds; it may still be loading for an epoch that did not come about."""
+        mine, self._mine = self._mine, None
+        if mine is None:
+            return None
+        with rank_0_is("loading"):
+            return Kept.of(mine.result())
+
+    def forget(self) -> None:
+        """Rank 0's part is not needed any more."""
+        self._mine = None
+
+    def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
+        still_s = self.options.cluster.load_timeout_s
+        if self._cluster is not None:
+            deadline_s = self.options.cluster.deadline_s
+            self._cluster.wait_done(
+                self._epoch, others, still_s=still_s, deadline_s=deadline_s, seen=progress.see, unless=mine
+            )
+        while not mine.done():
+            if progress.still_s > still_s:
+                raise EngineError(f"rank 0 stands still while loading for {progress.still_s:.0f} s")
+            wait([mine], timeout=POLL_S)
+
+    def _join(self, loaded: Loaded, others: list[int]) -> Pipeline:
+        cluster = self._cluster
+        if cluster is None or not others:
+            return Pipeline(loaded, None, cluster)
+        cluster.order("join", dict.fromkeys(others, JoinOrder(self._epoch)))
+        forming = in_thread(
+            partial(
+                cluster.node.wire,
+                self._epoch,
+                position=0,
+                devices=loaded.order.devices,
+                receive_bytes=loaded.frame_bytes,
+                deadline_s=self.options.cluster.deadline_s,
+            )
+        )
+        cluster.attend(others, forming)
+        try:
+            return Pipeline(loaded, forming.result(), cluster)
+        except WireBroken as broken:
+            raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
+
+    @contextmanager
+    def _sending(self, plan: Plan, progress: LoadProgress) -> Iterator[Mapping[int, Push]]:
+        """What to tell the ranks that are sent their weights."""
+        weights, cluster = self.options.weights, self._cluster
+        ranks = pushed_ranks(weights, plan)
+        if cluster is None or not ranks:
+            yield {}
+            return
+        gathering = in_thread(partial(gather, weights, self.blueprint, plan, lambda: progress.add_mine(0)))
+        cluster.attend(ranks, gathering)
+        with rank_0_is("looking for the weights of other ranks"):
+            extents = gathering.result()
+        logger.info("rank 0 sends their weights to ranks %s", ", ".join(map(str, ranks)))
+        with sending(weights, self.blueprint.checkpoint, extents, cluster.node.interface) as push:
+            yield dict.fromkeys(ranks, push)
+
+    def _orders(self, plan: Plan, members: Sequence[Member], pushes: Mapping[int, Push]) -> dict[int, LoadOrder]:
+        self._epoch = self._cluster.new_epoch() if self._cluster else self._epoch + 1
+        devices = {member.rank: member.device for member in members}
+        order = LoadOrder(
+            epoch=self._epoch,
+            plan=plan,
+            model=self._pinned_model,
+            quantization=self.options.quantization,
+            engine=self.options.engine,
+            fingerprint=self.blueprint.checkpoint.fingerprint,
+            anatomy=self.blueprint.anatomy,
+            tensors=self.blueprint.checkpoint.tensors,
+            manifest=self.blueprint.checkpoint.manifest,
+            push=None,
+            devices=tuple(devices[stage.rank] for stage in plan.stages),
+            threads=1,
+            deadline_s=self.options.cluster.deadline_s,
+        )
+        threads = self.options.cluster.threads
+        return {
+            member.rank: replace(order, threads=threads or member.cores, push=pushes.get(member.rank))
+            for member in members
+        }
+
+    @property
+    def _pinned_model(self) -> ModelConfig:
+        """For the other ranks: what rank 0 has found, whatever a branch of the Hub names later."""
+        commit = self.blueprint.checkpoint.files.commit
+        return replace(self.options.model, revision=commit) if commit else self.options.model
+
+
+def in_thread(action: Callable[[], Made]) -> Future[Made]:
+    """Acts beside the caller, who can watch others meanwhile; a process that ends does not wait for it."""
+    future: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="distllm-start", daemon=True).start()
+    return future
+
+
+@contextmanager
+def rank_0_is(doing: str) -> Iterator[None]:
+    """Around rank 0's own part: what is no sentence of ours becomes one.
+
+    Raises:
+        EngineError: in place of an error that the code does not expect.
+    """
+    try:
+        yield
+    except (ValueError, EngineError, WireBroken):
+        raise
+    except Exception as error:
+        logger.debug("rank 0 failed while %s", doing, exc_info=True)
+        raise EngineError(f"rank 0 failed while {doing}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,254 @@
+"""Workers die, hang and fail; every request goes on, with the tokens of a run in which nothing failed."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Job, agent_per_rank, free_port
+from fakes import tiny_checkpoint
+from test_failures import FAULTY_RANK, strike
+
+from distllm import LLM, EngineError, Output, SamplingParams
+from distllm.config import ClusterConfig, EngineConfig, PlanConfig
+
+DEADLINE_S = 2.0
+WAIT_S = 60.0
+TOKENS = 80
+GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=1.5, top_p=0.9, repetition_penalty=1.1, seed=7)
+PROMPTS = ["a", "some words", "a longer prompt than the others", "z"]
+LONG = "many words, " * 20
+
+Start = Callable[[Sequence[Sequence[str]]], Job]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> dict[SamplingParams, list[tuple[int, ...]]]:
+    """Tokens of a run on one rank, in which nothing fails."""
+    with LLM(model, dtype="float32") as llm:
+        return {params: tokens(llm.generate([*PROMPTS, LONG], params)) for params in (GREEDY, SEEDED)}
+
+
+def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in outputs]
+
+
+def several(model: Path, ranks: int, **cluster: Any) -> LLM:
+    sections = {"engine": EngineConfig(kv_tokens=8192, prompt_chunk=32), "plan": PlanConfig(calibrate=False)}
+    return LLM(
+        model,
+        dtype="float32",
+        cluster=ClusterConfig(workers=ranks, threads=1, **{"deadline_s": 30.0} | cluster),
+        **sections,
+    )
+
+
+def workers() -> dict[int, psutil.Process]:
+    """The ranks that this process has started, by rank."""
+    found = {}
+    for child in psutil.Process().children():
+        if child.status() == psutil.STATUS_ZOMBIE:
+            continue
+        rank = next((word for word in child.cmdline() if word.startswith("--rank=")), None)
+        if rank is not None:
+            found[int(rank.removeprefix("--rank="))] = child
+    return found
+
+
+class Running:
+    """Requests under way in a thread of their own."""
+
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self._llm = llm
+        self._outputs: list[Output] = []
+        self._ended: list[int] = []
+        self._thread = threading.Thread(target=self._run, args=(params,), daemon=True)
+        self._before = self.sampled
+        self._thread.start()
+
+    @property
+    def sampled(self) -> int:
+        done: Any = self._llm.stats()["tokens"]
+        return int(done)
+
+    def _run(self, params: SamplingParams) -> None:
+        self._outputs = self._llm.generate(
+            [*PROMPTS, LONG], params, on_output=lambda out: self._ended.append(out.index)
+        )
+
+    def wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while self.sampled < self._before + count:
+            assert time.monotonic() < deadline, "no token came"
+            time.sleep(0.005)
+        assert self._thread.is_alive(), "over before the fault"
+
+    def tokens(self) -> list[tuple[int, ...]]:
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), "requests hang"
+        assert sorted(self._ended) == list(range(len(PROMPTS) + 1)), "every request ends exactly once"
+        return tokens(self._outputs)
+
+
+def test_every_worker_may_die_one_after_the_other(model: Path, wanted: dict[SamplingParams, Any]) -> None:
+    with several(model, 4) as llm:
+        for victim, params, after in ((2, GREEDY, 40), (1, SEEDED, 1), (3, GREEDY, 150)):
+            running = Running(llm, params)
+            running.wait_for(after)
+            strike(workers()[victim], signal.SIGKILL)
+            assert running.tokens() == wanted[params]
+            assert victim not in [stage.rank for stage in llm.plan.stages]
+        assert [str(stage.span) for stage in llm.plan.stages] == ["embeddings + layers 0-4 + head"]
+        assert tokens(llm.generate([*PROMPTS, LONG], SEEDED)) == wanted[SEEDED]
+    assert not workers()
+
+
+def test_several_workers_may_die_at_once(model: Path, wanted: dict[SamplingParams, Any]) -> None:
+    with several(model, 4) as llm:
+        running = Running(llm, SEEDED)
+        running.wait_for(30)
+        for victim in (1, 3):
+            strike(workers()[victim], signal.SIGKILL)
+        assert running.tokens() == wanted[SEEDED]
+        assert [stage.rank for stage in llm.plan.stages] == [0, 2]
+
+
+def test_a_survivor_loads_what_changed_owner_and_no_more(model: Path) -> None:
+    with several(model, 3) as llm:
+        before: Any = {rank["rank"]: rank for rank in llm.stats()["ranks"]}  # type: ignore[attr-defined]
+        held = {stage.rank: stage for stage in llm.plan.stages}
+        running = Running(llm, GREEDY)
+        running.wait_for(20)
+        strike(workers()[1], signal.SIGKILL)
+        running.tokens()
+        after: Any = {rank["rank"]: rank for rank in llm.stats()["ranks"]}  # type: ignore[attr-defined]
+        read = sum(after[rank]["read_bytes"] - before[rank]["read_bytes"] for rank in (0, 2))
+        assert read == held[1].weight_bytes == before[1]["read_bytes"]
+
+
+def test_a_hung_worker_is_ended_and_one_that_is_slow_is_not(model: Path, wanted: dict[SamplingParams, Any]) -> None:
+    with several(model, 3, deadline_s=DEADLINE_S) as llm:
+        running = Running(llm, GREEDY)
+        running.wait_for(20)
+        victim = workers()[1]
+        strike(victim, signal.SIGSTOP)
+        time.sleep(DEADLINE_S / 2)
+        victim.send_signal(signal.SIGCONT)
+        assert running.tokens() == wanted[GREEDY]
+        assert len(llm.plan.stages) == 3
+        running = Running(llm, SEEDED)
+        running.wait_for(20)
+        strike(victim, signal.SIGSTOP)
+        assert running.tokens() == wanted[SEEDED]
+        assert [stage.rank for stage in llm.plan.stages] == [0, 2]
+        assert 1 not in workers()
+
+
+def test_an_idle_ring_is_mended_before_the_next_request(model: Path, wanted: dict[SamplingParams, Any]) -> None:
+    with several(model, 3) as llm:
+        strike(workers()[2], signal.SIGKILL)
+        assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
+        assert [stage.rank for stage in llm.plan.stages] == [0, 1]
+
+
+def test_a_stream_has_no_gap_and_no_repetition(model: Path) -> None:
+    with LLM(model, dtype="float32") as llm:
+        whole = llm.generate("hello", SEEDED)[0]
+    with several(model, 3) as llm:
+        pieces = []
+        for count, piece in enumerate(llm.stream("hello", SEEDED)):
+            pieces.append(piece)
+            if count in (10, 50):
+                strike(workers()[1 if count == 10 else 2], signal.SIGKILL)
+        assert len(llm.plan.stages) == 1
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert tuple(token for piece in pieces for token in piece.token_ids) == whole.token_ids
+
+
+def test_what_no_longer_fits_is_told_with_the_loss(model: Path) -> None:
+    """Rank 0 may use so little memory that it cannot hold the whole model."""
+    with several(model, 2) as llm:
+        job = llm._engine.job
+        job.wish = job.wish.__class__(
+            kv_tokens=8192, kv_tokens_wanted=8192, kv_tokens_needed=16, workspace_bytes=10**12, block_tokens=16
+        )
+        running = llm.stream("hello", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(running)
+        strike(workers()[1], signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"^rank 1 .* is lost: killed by SIGKILL;.*the model does not fit: "):
+            list(running)
+
+
+def words(model: Path) -> list[str]:
+    """A job that takes a moment."""
+    engine = ["sampling.max_tokens=400", "sampling.ignore_eos=true", "engine.kv_tokens=2048"]
+    return [f"model.path={model}", "model.dtype=float32", "cluster.threads=1", *engine, "prompt=hello"]
+
+
+@pytest.fixture(scope="module")
+def answer(model: Path) -> Iterator[str]:
+    with LLM(model, dtype="float32") as llm:
+        yield llm.generate("hello", SamplingParams(max_tokens=400, ignore_eos=True))[0].text
+
+
+EVERY = [
+    ("raise", "step", " failed in step 5: RuntimeError: no such kernel"),
+    ("segfault", "step", " is lost: its connection is closed"),
+    ("exit", "step", " is lost: its connection is closed"),
+    ("die", "load", " is lost: its connection is closed"),
+    ("die", "join", " is lost: its connection is closed"),
+    ("hang", "step", r" hangs in step 5 for \d s"),
+    ("die", "timing", " is lost: its connection is closed"),
+    ("hang", "load", r" stands still while loading for \d s"),
+    ("hang", "join", r" hangs in the forming of the ring for \d s"),
+    ("hang", "timing", r" hangs in a step that times the stages for \d s"),
+    ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
+    ("raise", "timing", " failed in a step that times the stages: RuntimeError: no such kernel"),
+]
+SHORT = 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "verdict"),
+    [pytest.param(*each, marks=[] if number < SHORT else pytest.mark.slow) for number, each in enumerate(EVERY)],
+)
+def test_wherever_a_fault_strikes_the_answer_is_the_same(
+    start: Start, model: Path, answer: str, kind: str, place: str, verdict: str
+) -> None:
+    launcher = ["WORLD_SIZE=3", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    options = [f"plan.calibrate={'true' if place == 'timing' else 'false'}", f"cluster.load_timeout_s={DEADLINE_S}"]
+    options.append(f"cluster.deadline_s={DEADLINE_S}")
+    well = [sys.executable, "-m", "distllm.run", *words(model), *options]
+    faulty = [sys.executable, "-c", FAULTY_RANK, str(DEADLINE_S), kind, place]
+    job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((well, faulty, well))])
+    job.wait_for_error("the fault happens")
+    first, _, last = job.wait(WAIT_S)
+    assert (first, last) == (0, 0), job.err.read_text()
+    assert job.out.read_text() == f"{answer}\n"
+    assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}", job.err.read_text())
+    assert not job.errors()
+
+
+def test_under_torchrun_the_survivors_answer_and_end_well(start: Start, model: Path, answer: str) -> None:
+    job = start(agent_per_rank(3, *words(model), "plan.calibrate=false"))
+    job.wait_for_text()
+    strike(job.ranks()[1], signal.SIGKILL)
+    first, lost, last = job.wait(WAIT_S)
+    assert (first, last) == (0, 0), job.err.read_text()
+    assert lost != 0, "torchrun tells of the one that was killed"
+    assert job.out.read_text() == f"{answer}\n"
+    assert not job.alive()
