@@ -128,7 +128,7 @@ class LLM:
 
     def stats(self) -> dict[str, object]:
         """Per rank: span, bytes of weights as planned and as held, of KV and read of files, peak RSS and where the time
-        went; in all: steps, tokens, tokens/s."""
+        went; in all: steps, tokens, tokens/s, and a sentence for each loss of ranks."""
         return self._engine.stats()
 
     def generate(

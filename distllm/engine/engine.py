@@ -87,6 +87,7 @@ class Engine:
                 pipeline, _scheduler(self.job, pipeline), options.engine.prompt_chunk, self.job.recover
             )
             opened.callback(self.master.close)
+            opened.callback(self.job.close)
             self._opened = opened.pop_all()
         # A thread that is within torch while the interpreter goes down would take the process with it.
         atexit.register(self.close)
@@ -149,6 +150,7 @@ class Engine:
             "steps": totals.steps,
             "tokens": totals.tokens,
             "tokens_per_s": totals.tokens / totals.busy_s if totals.busy_s else 0.0,
+            "verdicts": list(self.job.verdicts),
             **self.master.load(),
         }
 

@@ -17,7 +17,7 @@ from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig,
 from distllm.core import EngineError, Member, Plan, Span
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Kept, Loaded, load
-from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push, Status
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
 from distllm.engine.sending import gather, pushed_ranks, sending
@@ -52,13 +52,22 @@ class Epochs:
         self._epoch = 0
         self._held: Mapping[int, Span] = {}
         self._mine: Future[Loaded] | None = None
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Gives up an epoch that is not yet there; from any thread."""
+        self._closed.set()
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise EngineError("the engine is closed")
 
     def form(self, plan: Plan, members: Sequence[Member]) -> Pipeline:
         """The next one, when the one before has ended.
 
         Raises:
             Verdict: a rank is lost or stands still.
-            EngineError: a rank cannot do its part, or rank 0 itself; names it.
+            EngineError: a rank cannot do its part, or rank 0 itself, and which; or it was given up.
             ValueError: this rank's files cannot be read.
         """
         others = [stage.rank for stage in plan.stages[1:]]
@@ -94,12 +103,16 @@ class Epochs:
 
     def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s
+
+        def see(told: Mapping[int, Status]) -> None:
+            self._check_open()
+            progress.see(told)
+
         if self._cluster is not None:
             deadline_s = self.options.cluster.deadline_s
-            self._cluster.wait_done(
-                self._epoch, others, still_s=still_s, deadline_s=deadline_s, seen=progress.see, unless=mine
-            )
+            self._cluster.wait_done(self._epoch, others, still_s=still_s, deadline_s=deadline_s, seen=see, unless=mine)
         while not mine.done():
+            self._check_open()
             if progress.still_s > still_s:
                 raise EngineError(f"rank 0 stands still while loading for {progress.still_s:.0f} s")
             wait([mine], timeout=POLL_S)

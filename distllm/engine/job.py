@@ -30,6 +30,9 @@ WORKSPACE_BYTES = 100 * 10**6
 class Job:
     """One model on one set of ranks.
 
+    Attributes:
+        verdicts: why rings broke so far, and which ranks were lost.
+
     Args:
         cluster: the other ranks; None if this process is alone.
 
@@ -45,6 +48,7 @@ class Job:
         self._cluster = cluster
         if options.quantization.on(0):
             check_installed(options.quantization.method)
+        self.verdicts: list[str] = []
         self._speeds: Mapping[str, float] = {}
         self.members: Sequence[Member] = _members(cluster, options, self._speeds)
         _check_ranks(wanted, len(self.members))
@@ -133,6 +137,7 @@ class Job:
         if time.monotonic() >= since + self.options.cluster.recovery_deadline_s:
             raise verdict
         logger.warning("%s", verdict)
+        self.verdicts.append(str(verdict))
         assert self._cluster is not None, "one rank alone loses nobody"
         self._cluster.bury(verdict.lost)
         self.members = _members(self._cluster, self.options, self._speeds)
@@ -175,6 +180,10 @@ class Job:
                 logger.info("%s holds nothing: %s", member, why)
             else:
                 logger.info("%s holds %s, %s", member, stage.span, human_bytes(stage.weight_bytes))
+
+    def close(self) -> None:
+        """Gives up a ring that is being made; from any thread."""
+        self._epochs.close()
 
     def unload(self) -> None:
         """Tells the other ranks to forget the model; they stay for the next one."""

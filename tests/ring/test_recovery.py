@@ -19,6 +19,7 @@ from test_failures import FAULTY_RANK, strike
 
 from distllm import LLM, EngineError, Output, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
+from distllm.engine import epoch
 
 DEADLINE_S = 2.0
 WAIT_S = 60.0
@@ -109,9 +110,14 @@ def test_every_worker_may_die_one_after_the_other(model: Path, wanted: dict[Samp
         for victim, params, after in ((2, GREEDY, 40), (1, SEEDED, 1), (3, GREEDY, 150)):
             running = Running(llm, params)
             running.wait_for(after)
-            strike(workers()[victim], signal.SIGKILL)
+            process = workers()[victim]
+            strike(process, signal.SIGKILL)
             assert running.tokens() == wanted[params]
             assert victim not in [stage.rank for stage in llm.plan.stages]
+            verdicts: Any = llm.stats()["verdicts"]
+            named = rf"rank {victim} \(host \S+, pid {process.pid}\) is lost: killed by SIGKILL; the last step it "
+            assert re.match(named, verdicts[-1])
+        assert len(verdicts) == 3
         assert [str(stage.span) for stage in llm.plan.stages] == ["embeddings + layers 0-4 + head"]
         assert tokens(llm.generate([*PROMPTS, LONG], SEEDED)) == wanted[SEEDED]
     assert not workers()
@@ -177,6 +183,27 @@ def test_a_stream_has_no_gap_and_no_repetition(model: Path) -> None:
         assert len(llm.plan.stages) == 1
     assert "".join(piece.text for piece in pieces) == whole.text
     assert tuple(token for piece in pieces for token in piece.token_ids) == whole.token_ids
+
+
+def test_an_engine_that_is_mending_its_ring_can_be_closed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mends, may_go_on = threading.Event(), threading.Event()
+    load = epoch.load
+
+    def slow(*given: Any) -> Any:
+        mends.set()
+        may_go_on.wait(WAIT_S)
+        return load(*given)
+
+    with several(model, 2) as llm:
+        stream = llm.stream("hello", SamplingParams(max_tokens=4000, ignore_eos=True))
+        next(stream)
+        monkeypatch.setattr(epoch, "load", slow)
+        strike(workers()[1], signal.SIGKILL)
+        assert mends.wait(WAIT_S), "the ring was not mended"
+        llm.close()
+        with pytest.raises(EngineError, match=r"^the engine is closed$"):
+            list(stream)
+    may_go_on.set()
 
 
 def test_what_no_longer_fits_is_told_with_the_loss(model: Path) -> None:
