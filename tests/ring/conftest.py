@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 from fakes import tiny_checkpoint
+from faults import GREEDY, LONG, PROMPTS, SEEDED, tokens
+
+from distllm import LLM, SamplingParams
 
 START_TIMEOUT_S = 90.0
 
@@ -130,3 +133,15 @@ def start(tmp_path: Path) -> Iterator[Callable[[Sequence[Sequence[str]]], Job]]:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a context so long that an answer does not end before a test does."""
     return tiny_checkpoint(tmp_path_factory.mktemp("endless"), "llama", max_position_embeddings=50_000)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="session")
+def wanted(model: Path) -> dict[SamplingParams, list[tuple[int, ...]]]:
+    """Tokens of a run on one rank, in which nothing fails."""
+    with LLM(model, dtype="float32") as llm:
+        return {params: tokens(llm.generate([*PROMPTS, LONG], params)) for params in (GREEDY, SEEDED)}

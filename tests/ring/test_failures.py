@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import Job, agent_per_rank, free_port, one_agent
 from fakes import tiny_checkpoint
+from faults import strike
 
 from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig
@@ -35,16 +36,6 @@ def words(model: Path) -> list[str]:
     engine = ["sampling.max_tokens=40000", "sampling.ignore_eos=true", f"cluster.deadline_s={DEADLINE_S}"]
     cluster = ["cluster.threads=1", "cluster.recovery_deadline_s=0"]
     return [f"model.path={model}", *cluster, "engine.max_requests=2", *engine, "prompt=hello"]
-
-
-def strike(process: psutil.Process, sign: signal.Signals) -> None:
-    """Sends a signal and proves that it did what it should."""
-    process.send_signal(sign)
-    deadline = time.monotonic() + 5
-    struck = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) if sign == signal.SIGKILL else (psutil.STATUS_STOPPED,)
-    while process.is_running() and process.status() not in struck:
-        assert time.monotonic() < deadline, f"{sign} had no effect: {process.status()}"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(

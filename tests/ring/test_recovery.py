@@ -11,98 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import Job, agent_per_rank, free_port
-from fakes import tiny_checkpoint
-from test_failures import FAULTY_RANK, strike
+from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, WAIT_S, Running, several, strike, tokens, workers
+from test_failures import FAULTY_RANK
 
-from distllm import LLM, EngineError, Output, SamplingParams
-from distllm.config import ClusterConfig, EngineConfig, PlanConfig
+from distllm import LLM, EngineError, SamplingParams
 from distllm.engine import epoch
 
-DEADLINE_S = 2.0
-WAIT_S = 60.0
-TOKENS = 80
-GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-SEEDED = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=1.5, top_p=0.9, repetition_penalty=1.1, seed=7)
-PROMPTS = ["a", "some words", "a longer prompt than the others", "z"]
-LONG = "many words, " * 20
-
 Start = Callable[[Sequence[Sequence[str]]], Job]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"), "llama", max_position_embeddings=4096)
-
-
-@pytest.fixture(scope="module")
-def wanted(model: Path) -> dict[SamplingParams, list[tuple[int, ...]]]:
-    """Tokens of a run on one rank, in which nothing fails."""
-    with LLM(model, dtype="float32") as llm:
-        return {params: tokens(llm.generate([*PROMPTS, LONG], params)) for params in (GREEDY, SEEDED)}
-
-
-def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
-    return [output.token_ids for output in outputs]
-
-
-def several(model: Path, ranks: int, **cluster: Any) -> LLM:
-    sections = {"engine": EngineConfig(kv_tokens=8192, prompt_chunk=32), "plan": PlanConfig(calibrate=False)}
-    return LLM(
-        model,
-        dtype="float32",
-        cluster=ClusterConfig(workers=ranks, threads=1, **{"deadline_s": 30.0} | cluster),
-        **sections,
-    )
-
-
-def workers() -> dict[int, psutil.Process]:
-    """The ranks that this process has started, by rank."""
-    found = {}
-    for child in psutil.Process().children():
-        if child.status() == psutil.STATUS_ZOMBIE:
-            continue
-        rank = next((word for word in child.cmdline() if word.startswith("--rank=")), None)
-        if rank is not None:
-            found[int(rank.removeprefix("--rank="))] = child
-    return found
-
-
-class Running:
-    """Requests under way in a thread of their own."""
-
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
-        self._llm = llm
-        self._outputs: list[Output] = []
-        self._ended: list[int] = []
-        self._thread = threading.Thread(target=self._run, args=(params,), daemon=True)
-        self._before = self.sampled
-        self._thread.start()
-
-    @property
-    def sampled(self) -> int:
-        done: Any = self._llm.stats()["tokens"]
-        return int(done)
-
-    def _run(self, params: SamplingParams) -> None:
-        self._outputs = self._llm.generate(
-            [*PROMPTS, LONG], params, on_output=lambda out: self._ended.append(out.index)
-        )
-
-    def wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while self.sampled < self._before + count:
-            assert time.monotonic() < deadline, "no token came"
-            time.sleep(0.005)
-        assert self._thread.is_alive(), "over before the fault"
-
-    def tokens(self) -> list[tuple[int, ...]]:
-        self._thread.join(WAIT_S)
-        assert not self._thread.is_alive(), "requests hang"
-        assert sorted(self._ended) == list(range(len(PROMPTS) + 1)), "every request ends exactly once"
-        return tokens(self._outputs)
 
 
 def test_every_worker_may_die_one_after_the_other(model: Path, wanted: dict[SamplingParams, Any]) -> None:

@@ -1,0 +1,94 @@
+"""Faults that happen for certain, and requests that are under way meanwhile."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from distllm import LLM, Output, SamplingParams
+from distllm.config import ClusterConfig, EngineConfig, PlanConfig
+
+DEADLINE_S = 2.0
+WAIT_S = 60.0
+TOKENS = 80
+GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=1.5, top_p=0.9, repetition_penalty=1.1, seed=7)
+PROMPTS = ["a", "some words", "a longer prompt than the others", "z"]
+LONG = "many words, " * 20
+
+
+def strike(process: psutil.Process, sign: signal.Signals) -> None:
+    """Sends a signal and proves that it did what it should."""
+    process.send_signal(sign)
+    deadline = time.monotonic() + 5
+    struck = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) if sign == signal.SIGKILL else (psutil.STATUS_STOPPED,)
+    while process.is_running() and process.status() not in struck:
+        assert time.monotonic() < deadline, f"{sign} had no effect: {process.status()}"
+        time.sleep(0.005)
+
+
+def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in outputs]
+
+
+def several(model: Path, ranks: int, **cluster: Any) -> LLM:
+    sections = {"engine": EngineConfig(kv_tokens=8192, prompt_chunk=32), "plan": PlanConfig(calibrate=False)}
+    return LLM(
+        model,
+        dtype="float32",
+        cluster=ClusterConfig(workers=ranks, threads=1, **{"deadline_s": 30.0} | cluster),
+        **sections,
+    )
+
+
+def workers() -> dict[int, psutil.Process]:
+    """The ranks that this process has started, by rank."""
+    found = {}
+    for child in psutil.Process().children():
+        if child.status() == psutil.STATUS_ZOMBIE:
+            continue
+        rank = next((word for word in child.cmdline() if word.startswith("--rank=")), None)
+        if rank is not None:
+            found[int(rank.removeprefix("--rank="))] = child
+    return found
+
+
+class Running:
+    """Requests under way in a thread of their own."""
+
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self._llm = llm
+        self._outputs: list[Output] = []
+        self._ended: list[int] = []
+        self._thread = threading.Thread(target=self._run, args=(params,), daemon=True)
+        self._before = self.sampled
+        self._thread.start()
+
+    @property
+    def sampled(self) -> int:
+        done: Any = self._llm.stats()["tokens"]
+        return int(done)
+
+    def _run(self, params: SamplingParams) -> None:
+        self._outputs = self._llm.generate(
+            [*PROMPTS, LONG], params, on_output=lambda out: self._ended.append(out.index)
+        )
+
+    def wait_for(self, count: int) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while self.sampled < self._before + count:
+            assert time.monotonic() < deadline, "no token came"
+            time.sleep(0.005)
+        assert self._thread.is_alive(), "over before the fault"
+
+    def tokens(self) -> list[tuple[int, ...]]:
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), "requests hang"
+        assert sorted(self._ended) == list(range(len(PROMPTS) + 1)), "every request ends exactly once"
+        return tokens(self._outputs)

@@ -1,0 +1,75 @@
+"""Faults at random moments, by a seed that repeats them: no request is lost, and in fp32 none gets another token."""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults import DEADLINE_S, GREEDY, SEEDED, WAIT_S, Running, several, strike, workers
+
+from distllm import SamplingParams
+
+SIGNS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP)
+MOST_TOKENS = 250
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to which rank, so many tokens and seconds after the requests have begun.
+
+    `meanwhile` is a rank that is struck as soon as the master mends the ring for the first one's sake.
+    """
+
+    rank: int
+    sign: signal.Signals
+    tokens: int
+    seconds: float
+    meanwhile: int | None
+
+
+def schedule(seed: int) -> list[Fault]:
+    chance = random.Random(seed)
+    ranks = chance.sample([1, 2, 3, 4], 4)
+    faults = []
+    while ranks:
+        rank = ranks.pop()
+        meanwhile = ranks.pop() if ranks and chance.random() < 0.3 else None
+        tokens = chance.choice([0, 1, 5, MOST_TOKENS // 3, MOST_TOKENS])
+        faults.append(Fault(rank, chance.choice(SIGNS), tokens, chance.random() * 0.1, meanwhile))
+    return faults
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_faults(
+    seed: int, model: Path, wanted: dict[SamplingParams, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "distllm")
+    struck = 0
+    with several(model, 5, deadline_s=DEADLINE_S) as llm:
+        for number, fault in enumerate(schedule(seed)):
+            params = (GREEDY, SEEDED)[number % 2]
+            before = len(caplog.messages)
+            running = Running(llm, params)
+            running.wait_for(fault.tokens)
+            time.sleep(fault.seconds)
+            strike(workers()[fault.rank], fault.sign)
+            struck += 1
+            if fault.meanwhile is not None:
+                deadline = time.monotonic() + WAIT_S
+                while len(caplog.messages) == before:
+                    assert time.monotonic() < deadline, "the fault was not noticed"
+                    time.sleep(0.001)
+                strike(workers()[fault.meanwhile], signal.SIGKILL)
+                struck += 1
+            assert running.tokens() == wanted[params], fault
+        assert struck == 4
+        assert [stage.rank for stage in llm.plan.stages] == [0]
+    assert not workers()
