@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 ORDER_TIMEOUT_S = 20.0
-VERDICT_TIMEOUT_S = 1.5
+VERDICT_TIMEOUT_S = 1.0
 # Ranks that wait for one that does not join the ring give up at nearly the same time as the master.
 JOIN_GRACE_S = 1.0
 
