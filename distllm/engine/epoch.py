@@ -52,6 +52,7 @@ class Epochs:
         self._epoch = 0
         self._held: Mapping[int, Span] = {}
         self._mine: Future[Loaded] | None = None
+        self._kept: Kept | None = None
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -71,7 +72,7 @@ class Epochs:
             ValueError: this rank's files cannot be read.
         """
         others = [stage.rank for stage in plan.stages[1:]]
-        kept = self._kept()
+        self._keep()
         before, self._held = self._held, {stage.rank: stage.span for stage in plan.stages}
         sizes = self.blueprint.sizes
         totals = {stage.rank: loaded_bytes(sizes, before.get(stage.rank), stage.span) for stage in plan.stages}
@@ -80,26 +81,24 @@ class Epochs:
             torch.set_num_threads(orders[0].threads)
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
-            kept = kept or Kept(orders[0], self.blueprint, None, 0)
+            kept, self._kept = self._kept or Kept(orders[0], self.blueprint, None, 0), None
             self._mine = mine = in_thread(partial(load, orders[0], 0, progress.add_mine, kept))
-            del kept
             self._wait(others, mine, progress)
         logger.debug("every rank has loaded")
         with rank_0_is("loading"):
             loaded = mine.result()
         return self._join(loaded, others)
 
-    def _kept(self) -> Kept | None:
-        """What rank 0 holds; it may still be loading for an epoch that did not come about."""
+    def _keep(self) -> None:
+        """Sees what rank 0 holds; it may still be loading for an epoch that did not come about."""
         mine, self._mine = self._mine, None
-        if mine is None:
-            return None
-        with rank_0_is("loading"):
-            return Kept.of(mine.result())
+        if mine is not None:
+            with rank_0_is("loading"):
+                self._kept = Kept.of(mine.result())
 
     def forget(self) -> None:
         """Rank 0's part is not needed any more."""
-        self._mine = None
+        self._mine = self._kept = None
 
     def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s

@@ -85,6 +85,7 @@ class Job:
             ValueError: this rank's files cannot be read.
             EngineError: a rank is lost, stands still or cannot do its part; names it.
         """
+        since: float | None = None
         pipeline = self._formed()
         while self._calibrates:
             try:
@@ -95,7 +96,8 @@ class Job:
                 with pipeline:
                     pass
             except WireBroken as broken:
-                pipeline = self.recover(broken, pipeline, time.monotonic())
+                since = since or time.monotonic()
+                pipeline = self.recover(broken, pipeline, since)
                 continue
             pipeline.free()
             self.plan = better

@@ -125,8 +125,8 @@ class Master:
         self.pipeline = self._recover(broken, self.pipeline, self._broken_at)
         pool, steps = BlockPool(self.pipeline.kv_blocks), self.pipeline.steps_in_flight
         for request in self._scheduler.rewind(pool, steps_in_flight=steps):
-            room = f"there is KV room for {pool.blocks} blocks of tokens left, and this request has more"
-            self._deliveries.pop(request).fail(EngineError(f"{broken}; {room}"))
+            room = f"there is KV room for {self.pipeline.kv_tokens} tokens left, and this request has more"
+            self._deliveries.pop(request).fail(EngineError(f"the ring broke ({broken}); {room}"))
         self.stats.new_epoch()
         logger.warning("%d requests go on after %.1f s", self._scheduler.waiting, time.monotonic() - began)
 

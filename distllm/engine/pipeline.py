@@ -50,6 +50,7 @@ class Pipeline:
         self._last_step = -1
         self.threads = loaded.order.threads
         engine = loaded.order.engine
+        self.kv_tokens = loaded.order.plan.kv_tokens
         self.kv_blocks = loaded.order.plan.kv_tokens // engine.block_tokens
         # More steps than the ring has stages would stand still.
         self.steps_in_flight = min(engine.steps_in_flight or len(self._ring), len(self._ring))

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Job, agent_per_rank, free_port
 from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, WAIT_S, Running, several, strike, tokens, workers
@@ -18,6 +20,7 @@ from test_failures import FAULTY_RANK
 
 from distllm import LLM, EngineError, SamplingParams
 from distllm.engine import epoch
+from distllm.engine.cluster import Cluster
 
 Start = Callable[[Sequence[Sequence[str]]], Job]
 
@@ -123,13 +126,49 @@ def test_an_engine_that_is_mending_its_ring_can_be_closed(model: Path, monkeypat
     may_go_on.set()
 
 
+def test_a_request_that_is_too_long_for_the_room_that_is_left_is_told(model: Path) -> None:
+    """The others go on."""
+    with several(model, 2) as llm:
+        job = llm._engine.job
+        long, short = (llm.stream(prompt, GREEDY) for prompt in (LONG, "short"))
+        whole = [piece.token_ids for piece in llm.stream("short", GREEDY)]
+        next(long)
+        pieces = [next(short).token_ids]
+        job.wish = replace(job.wish, kv_tokens=128)
+        strike(workers()[1], signal.SIGKILL)
+        with pytest.raises(EngineError, match=r"^the ring broke .*; there is KV room for 128 tokens left, and this"):
+            list(long)
+        assert pieces + [piece.token_ids for piece in short] == whole
+        assert llm.plan.kv_tokens == 128
+
+
+def test_a_second_loss_does_not_make_rank_0_read_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that dies before it has its new order: rank 0 keeps what it held all the same."""
+    with several(model, 3) as llm:
+        stream = llm.stream("hello", GREEDY)
+        next(stream)
+        victims = workers()
+        orders = Cluster.order
+
+        def dies_first(self: Cluster, verb: str, given: Any) -> None:
+            if victims[2].status() != psutil.STATUS_ZOMBIE:
+                strike(victims[2], signal.SIGKILL)
+            orders(self, verb, given)
+
+        monkeypatch.setattr(Cluster, "order", dies_first)
+        strike(victims[1], signal.SIGKILL)
+        list(stream)
+        verdicts: Any = llm.stats()["verdicts"]
+        assert [re.match(r"rank \d", verdict)[0] for verdict in verdicts] == ["rank 1", "rank 2"]  # type: ignore[index]
+        (alone,) = llm.stats()["ranks"]  # type: ignore[misc]
+        assert alone["read_bytes"] == alone["weight_bytes"], "each of its weights once"
+
+
 def test_what_no_longer_fits_is_told_with_the_loss(model: Path) -> None:
     """Rank 0 may use so little memory that it cannot hold the whole model."""
     with several(model, 2) as llm:
         job = llm._engine.job
-        job.wish = job.wish.__class__(
-            kv_tokens=8192, kv_tokens_wanted=8192, kv_tokens_needed=16, workspace_bytes=10**12, block_tokens=16
-        )
+        job.wish = replace(job.wish, workspace_bytes=10**15)
         running = llm.stream("hello", SamplingParams(max_tokens=4000, ignore_eos=True))
         next(running)
         strike(workers()[1], signal.SIGKILL)
