@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from ring.conftest import free_port
 
+from distllm import LLM, SamplingParams
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -52,11 +54,22 @@ def test_pushed(smollm2: Path) -> None:
     assert re.search(r"^rank 1: 1\d\d MB sent$", done.stdout, re.MULTILINE)
 
 
+def test_survive(smollm2: Path) -> None:
+    done = run(str(EXAMPLES / "survive.py"), str(smollm2))
+    assert re.search(r"rank 1 \(.*\) is lost: killed by SIGKILL; the last step it finished is \d", done.stderr)
+    assert "going on with 1 request after" in done.stderr
+    assert re.search(r"^left: rank 0 with embeddings.*, rank 2 with layers.* head$", done.stdout, re.MULTILINE)
+    with LLM(smollm2) as llm:
+        (whole,) = llm.generate("Once upon a time", SamplingParams(max_tokens=30))
+    assert done.stdout.startswith(whole.text), "what was delivered before the fault"
+
+
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "pushed.py",
         "quantized.py",
         "shards.py",
+        "survive.py",
         "two_ranks.py",
         "under_torchrun.py",
     }

