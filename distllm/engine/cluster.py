@@ -44,6 +44,10 @@ class Verdict(EngineError):
         self.lost = frozenset(lost)
 
 
+class CannotLoad(Verdict):
+    """A rank is well but cannot have what the plan gives to it: a file is missing there, or broken."""
+
+
 class Registrar:
     """Takes registrations, on RPC threads."""
 
@@ -247,7 +251,7 @@ class Cluster:
                     raise self.lost({rank: status}, {})
                 told[rank] = status
                 if status.failure:
-                    raise EngineError(f"{self.members[rank]}: {status.failure}")
+                    raise CannotLoad(f"{self.members[rank]}: {status.failure}", [rank])
                 if status.epoch == epoch and status.done:
                     waiting.discard(rank)
                 elif status.still_s > still_s:

@@ -67,8 +67,8 @@ class Epochs:
         """The next one, when the one before has ended.
 
         Raises:
-            Verdict: a rank is lost or stands still.
-            EngineError: a rank cannot do its part, or rank 0 itself, and which; or it was given up.
+            Verdict: a rank is lost, stands still or cannot do its part.
+            EngineError: rank 0 cannot do its part, or it was given up.
             ValueError: this rank's files cannot be read.
         """
         others = [stage.rank for stage in plan.stages[1:]]

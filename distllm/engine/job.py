@@ -11,7 +11,7 @@ from dataclasses import replace
 from distllm.core import EngineError, Member, ModelSizes, Plan
 from distllm.engine import host
 from distllm.engine.calibrate import time_stages
-from distllm.engine.cluster import Cluster, Verdict
+from distllm.engine.cluster import CannotLoad, Cluster, Verdict
 from distllm.engine.epoch import Epochs, Options, rank_0_is
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.stored import check_stored, stored_quantization, stored_wish
@@ -121,12 +121,18 @@ class Job:
         return self._formed(since)
 
     def _formed(self, since: float | None = None) -> Pipeline:
-        """A ring by the plan; a failure meanwhile is just another epoch, with those that are left."""
+        """A ring by the plan; a failure meanwhile is just another epoch, with those that are left.
+
+        Args:
+            since: of `recover`. Without it the job only starts, and what a rank cannot load is the user's to mend.
+        """
         while True:
             self._tell(self.plan)
             try:
                 return self._epochs.form(self.plan, self.members)
             except Verdict as verdict:
+                if since is None and isinstance(verdict, CannotLoad):
+                    raise
                 since = since or time.monotonic()
                 self._go_on_after(verdict, since)
 

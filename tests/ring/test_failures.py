@@ -116,6 +116,7 @@ from distllm.net.node import Node
 
 PLACES = {
     "load": (worker, "load", lambda *_, **__: True),
+    "reload": (worker, "load", lambda order, *_: order.epoch > 1),
     "join": (Node, "wire", lambda *_, **__: True),
     "timing": (Runner, "run", lambda self, step, hidden: step.id < 0),
     "step": (Runner, "run", lambda self, step, hidden: step.id == 5),

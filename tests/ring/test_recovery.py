@@ -226,6 +226,20 @@ def test_wherever_a_fault_strikes_the_answer_is_the_same(
     assert not job.errors()
 
 
+def test_a_rank_that_cannot_load_what_it_should_take_over_is_left_out(start: Start, model: Path, answer: str) -> None:
+    launcher = ["WORLD_SIZE=3", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    well = [sys.executable, "-m", "distllm.run", *words(model), "plan.calibrate=false"]
+    dies, cannot = (
+        [sys.executable, "-c", FAULTY_RANK, "30", *fault] for fault in (("die", "step"), ("raise", "reload"))
+    )
+    job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((well, dies, cannot))])
+    assert job.wait(WAIT_S)[0] == 0, job.err.read_text()
+    assert job.out.read_text() == f"{answer}\n"
+    said = job.err.read_text()
+    assert said.count("the fault happens") == 2
+    assert re.search(rf"rank 2 \(host \S+, pid {job.launchers[2].pid}\): RuntimeError: no such kernel", said)
+
+
 def test_under_torchrun_the_survivors_answer_and_end_well(start: Start, model: Path, answer: str) -> None:
     job = start(agent_per_rank(3, *words(model), "plan.calibrate=false"))
     job.wait_for_text()
