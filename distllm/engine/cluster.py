@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1
 ORDER_TIMEOUT_S = 20.0
 VERDICT_TIMEOUT_S = 1.0
+# A rank that made progress so lately does not hang.
+SETTLE_S = 1.0
 # Ranks that wait for one that does not join the ring give up at nearly the same time as the master.
 JOIN_GRACE_S = 1.0
 
@@ -293,7 +295,7 @@ class Cluster:
         others = [rank for rank in ring if rank != 0]
         if last_step == BEFORE_STEPS:
             time.sleep(JOIN_GRACE_S)
-        said = self.statuses(others, VERDICT_TIMEOUT_S)
+        said = self._settled(others)
         gone = {rank: status for rank, status in said.items() if isinstance(status, PeerLost)}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
         if gone:
@@ -316,6 +318,15 @@ class Cluster:
             f"the ring broke although every rank answers: {broken}; "
             "was rank 0 busy for longer than cluster.deadline_s, or is a link between two hosts down?"
         )
+
+    def _settled(self, ranks: list[int]) -> dict[int, Status | PeerLost]:
+        """What ranks say once those that have just worked are through with it: one that fails leaves the ring first."""
+        while True:
+            said = self.statuses(ranks, VERDICT_TIMEOUT_S)
+            heard = [status for status in said.values() if isinstance(status, Status)]
+            if not any(not status.done and status.still_s < SETTLE_S for status in heard):
+                return said
+            time.sleep(POLL_S)
 
     def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> Verdict:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from faults import strike
 
 from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig
-from distllm.engine import job
+from distllm.engine import epoch, job
 from distllm.engine.home import home
 from distllm.engine.pipeline import Pipeline
 
@@ -211,14 +212,16 @@ def test_a_verdict_that_fails_still_ends_what_waits(tmp_path: Path, monkeypatch:
             list(stream)
 
 
-@pytest.mark.parametrize(("part", "doing"), [("load", "loading"), ("time_stages", "timing the stages")])
+@pytest.mark.parametrize(
+    ("module", "part", "doing"), [(epoch, "load", "loading"), (job, "time_stages", "timing the stages")]
+)
 def test_a_master_that_fails_while_it_starts_says_why(
-    part: str, doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, part: str, doing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(job, part, fail)
+    monkeypatch.setattr(module, part, fail)
     folder = tiny_checkpoint(tmp_path)
     with pytest.raises(EngineError, match=rf"^rank 0 failed while {doing}: RuntimeError: no such kernel$"):
         LLM(folder, cluster=ClusterConfig(workers=2, threads=1))
