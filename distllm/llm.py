@@ -14,8 +14,8 @@ from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig,
 from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
-from distllm.engine.epoch import Options
 from distllm.engine.home import home
+from distllm.engine.options import Options
 from distllm.engine.reader import Messages, Prompt, Reader
 from distllm.net.store import Rendezvous
 from distllm.validation import validate_engine

@@ -207,8 +207,8 @@ def _opened(config: Config, reader: Reader) -> LLM:
 def _plan(config: Config) -> int:
     """Who would hold what: a table for people on standard error, JSON on standard output."""
     from distllm.engine.engine import Ranks
-    from distllm.engine.epoch import Options
     from distllm.engine.job import Job
+    from distllm.engine.options import Options
     from distllm.engine.reader import open_blueprint
     from distllm.llm import launched
     from distllm.plan.report import as_json, as_table

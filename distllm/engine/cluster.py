@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -24,6 +23,7 @@ from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
 from distllm.engine.orders import BEFORE_STEPS, Registration, Status, finished_in_words, in_words
+from distllm.engine.registrar import Registrar
 from distllm.net.control import AgentId, Answer, Peer, PeerLost, ask_by_name, call_by_name, expose
 from distllm.net.node import Node
 
@@ -48,54 +48,6 @@ class Verdict(EngineError):
 
 class CannotLoad(Verdict):
     """A rank is well but cannot have what the plan gives to it: a file is missing there, or broken."""
-
-
-class Registrar:
-    """Takes registrations, on RPC threads."""
-
-    def __init__(self, me: Member) -> None:
-        self._me = me
-        self._lock = threading.Lock()
-        self._taken: dict[int, Registration] = {}
-        self._refused: str | None = None
-
-    def register(self, registration: Registration) -> str | None:
-        """Returns the reason if the rank is refused."""
-        member = registration.member
-        theirs, mine = dict(member.versions), dict(self._me.versions)
-        differing = [name for name in mine if theirs.get(name) != mine[name]]
-        refusal = None
-        if differing:
-            name = differing[0]
-            refusal = f"it has {name} {theirs.get(name)}, the master {mine[name]}; install the same version on both"
-        with self._lock:
-            if refusal is None and member.rank in self._taken:
-                refusal = f"rank {member.rank} is {self._taken[member.rank].member} already"
-            if refusal is None:
-                self._taken[member.rank] = registration
-            else:
-                self._refused = f"{member} was refused: {refusal}"
-        return refusal
-
-    def forget(self, rank: int) -> None:
-        """A rank is gone; another process may register in its place."""
-        with self._lock:
-            self._taken.pop(rank, None)
-
-    def knows(self, life: str) -> bool:
-        """Whether this process life belongs to the job; asking proves that the master lives."""
-        with self._lock:
-            return any(each.member.life == life for each in self._taken.values())
-
-    def taken(self) -> dict[int, Registration]:
-        """
-        Raises:
-            EngineError: a rank was refused.
-        """
-        with self._lock:
-            if self._refused:
-                raise EngineError(self._refused)
-            return dict(self._taken)
 
 
 class Cluster:
@@ -320,11 +272,16 @@ class Cluster:
         )
 
     def _settled(self, ranks: list[int]) -> dict[int, Status | PeerLost]:
-        """What ranks say once those that have just worked are through with it: one that fails leaves the ring first."""
+        """What ranks say once those that have just worked are through with it, unless one is lost.
+
+        One that fails leaves the ring before it can say so.
+        """
+        until = time.monotonic() + 2 * SETTLE_S
         while True:
             said = self.statuses(ranks, VERDICT_TIMEOUT_S)
             heard = [status for status in said.values() if isinstance(status, Status)]
-            if not any(not status.done and status.still_s < SETTLE_S for status in heard):
+            working = any(not status.done and status.still_s < SETTLE_S for status in heard)
+            if not working or len(heard) < len(said) or time.monotonic() > until:
                 return said
             time.sleep(POLL_S)
 

@@ -13,10 +13,10 @@ from distllm.core import Request
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink
-from distllm.engine.epoch import Options
 from distllm.engine.home import home
 from distllm.engine.job import Job
 from distllm.engine.master import Master
+from distllm.engine.options import Options
 from distllm.engine.orders import Status
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.reader import Reader

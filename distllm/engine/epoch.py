@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, WeightsConfig
+from distllm.config import ModelConfig
 from distllm.core import EngineError, Member, Plan, Span
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Kept, Loaded, load
+from distllm.engine.options import Options
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push, Status
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
@@ -28,18 +29,6 @@ from distllm.plan.replan import loaded_bytes
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The sections of the configuration that make an engine."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    weights: WeightsConfig = field(default_factory=WeightsConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 class Epochs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import uuid
@@ -14,7 +13,6 @@ import psutil
 import torch
 
 from distllm.core import Member
-from distllm.model import pages
 
 PACKAGES = ("distllm", "torch", "transformers")
 
@@ -93,13 +91,3 @@ def peak_memory() -> int:
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def give_back_memory() -> None:
-    """Returns to the system what a forgotten shard has held; two shards at once might not fit.
-
-    Modules refer to each other in circles, which only the collector finds. With what malloc kept besides, a second
-    shard doubled what a rank held.
-    """
-    gc.collect()
-    pages.trim_heap()

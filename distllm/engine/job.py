@@ -12,9 +12,11 @@ from distllm.core import EngineError, Member, ModelSizes, Plan
 from distllm.engine import host
 from distllm.engine.calibrate import time_stages
 from distllm.engine.cluster import CannotLoad, Cluster, Verdict
-from distllm.engine.epoch import Epochs, Options, rank_0_is
+from distllm.engine.epoch import Epochs, rank_0_is
+from distllm.engine.options import Options
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.stored import check_stored, stored_quantization, stored_wish
+from distllm.model import pages
 from distllm.model.blueprint import Blueprint
 from distllm.model.quantize import check_installed
 from distllm.net.wire import WireBroken
@@ -196,7 +198,7 @@ class Job:
     def unload(self) -> None:
         """Tells the other ranks to forget the model; they stay for the next one."""
         self._epochs.forget()
-        host.give_back_memory()
+        pages.give_back_memory()
         if self._cluster is not None:
             self._cluster.forget()
 

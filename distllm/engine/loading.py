@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from distllm.engine.orders import LoadOrder
-from distllm.model import source
+from distllm.model import pages, source
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.pushed import PushedCheckpoint
@@ -79,6 +79,7 @@ def load(order: LoadOrder, rank: int, progress: Callable[[int], None], kept: Kep
     if kept is not None and not kept.fits(order):
         kept.take()
         kept = None
+        pages.give_back_memory()
     if kept is not None and (blueprint := kept.blueprint_for(order)) is not None:
         return _load(order, rank, progress, blueprint, kept)
     with _checkpoint(order, alive=lambda: progress(0)) as checkpoint:

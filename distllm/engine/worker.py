@@ -20,6 +20,7 @@ from torch import Tensor
 from distllm.engine import host
 from distllm.engine.loading import Kept, Loaded, load
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Order, Status, StopOrder, UnloadOrder
+from distllm.model import pages
 from distllm.net import frame as frames
 from distllm.net.control import AgentId, bury_here
 from distllm.net.frame import Frame, Kind, StageTime
@@ -154,7 +155,7 @@ class Worker:
 
     def _unload(self) -> None:
         self._loaded = None
-        host.give_back_memory()
+        pages.give_back_memory()
         self._snapshot.note(loaded_bytes=0)
 
     def _load(self, order: LoadOrder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -131,8 +130,7 @@ class Blueprint:
         shard = self.shard(stage.span)
         if before is not None:
             shard.take(before)
-            gc.collect()
-            pages.trim_heap()
+            pages.give_back_memory()
         finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
         ready = weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)
         shard.drop_table()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 from collections.abc import Iterable
@@ -36,6 +37,16 @@ def give_back_files(paths: Iterable[Path]) -> None:
         if name in names:
             start, stop = (int(each, 16) for each in addresses.split("-"))
             _advise(start, stop, mmap.MADV_DONTNEED)
+
+
+def give_back_memory() -> None:
+    """Returns to the system what a forgotten shard has held; two shards at once might not fit.
+
+    Modules refer to each other in circles, which only the collector finds. With what malloc kept besides, a second
+    shard doubled what a rank held.
+    """
+    gc.collect()
+    trim_heap()
 
 
 def trim_heap() -> None:

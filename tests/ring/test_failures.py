@@ -271,7 +271,7 @@ def test_ranks_that_did_not_come_up_are_not_led_again() -> None:
 
 REGISTERED = """
 import os, signal, sys, time
-from distllm.engine.cluster import Registrar
+from distllm.engine.registrar import Registrar
 from distllm.engine.home import home
 from distllm.core import EngineError
 from distllm.config import ClusterConfig
