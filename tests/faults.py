@@ -42,7 +42,7 @@ def several(model: Path, ranks: int, **cluster: Any) -> LLM:
     return LLM(
         model,
         dtype="float32",
-        cluster=ClusterConfig(workers=ranks, threads=1, **{"deadline_s": 30.0} | cluster),
+        cluster=ClusterConfig(workers=ranks, threads=1, **{"deadline_s": 30.0, "restarts": 0} | cluster),
         **sections,
     )
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distllm.core import Member, ModelSizes, Plan, Span
-from distllm.plan.partition import PlanWish, human_bytes, measured, partition, rebalanced
+from distllm.plan.partition import PlanWish, human_bytes, measured, partition
+from distllm.plan.rebalance import rebalanced
 
 
 def member(rank: int, memory: int = 10**6, speed: float = 1.0) -> Member:
@@ -288,25 +289,6 @@ def test_a_large_job() -> None:
 
 def held(*layers: int) -> Plan:
     return partition(team(*[10**6] * len(layers)), model(sum(layers)), replace(WISH, strategy="manual", layers=layers))
-
-
-def test_rebalancing_asks_for_a_gain() -> None:
-    sizes, members = model(8, head_work=0.0), team(999, 999)
-    better = rebalanced(held(5, 3), members, sizes, WISH, min_gain=0.2)
-    assert better is not None
-    assert spans(better) == ["0: embeddings + layers 0-3", "1: layers 4-7 + head"]
-    assert rebalanced(held(5, 3), members, sizes, WISH, min_gain=0.21) is None
-    assert rebalanced(held(4, 4), members, sizes, WISH, min_gain=0.0) is None
-
-
-def test_rebalancing_uses_an_idle_rank_and_keeps_a_plan_when_nothing_fits() -> None:
-    sizes = model(8, head_work=0.0)
-    alone = partition(team(999, 999), model(8), replace(WISH, strategy="manual", layers=(8, 0)))
-    alone = replace(alone, stages=(replace(alone.stages[0], span=Span(0, 8, embed=True, head=True)),), idle=(1,))
-    better = rebalanced(alone, team(999, 999), sizes, WISH, min_gain=0.1)
-    assert better is not None
-    assert len(better.stages) == 2
-    assert rebalanced(alone, team(9, 9), sizes, WISH, min_gain=0.1) is None
 
 
 def times(plan: Plan, sizes: ModelSizes, members: tuple[Member, ...]) -> list[float]:

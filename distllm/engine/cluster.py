@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,9 +22,10 @@ from distllm.core import EngineError, Member
 from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
-from distllm.engine.orders import BEFORE_STEPS, Registration, Status, finished_in_words, in_words
-from distllm.engine.registrar import Registrar
-from distllm.net.control import AgentId, Answer, Peer, PeerLost, ask_by_name, call_by_name, expose
+from distllm.engine.orders import BEFORE_STEPS, Status, finished_in_words, in_words
+from distllm.engine.registrar import Registered, Registrar
+from distllm.engine.shares import Shares
+from distllm.net.control import AgentId, Answer, PeerLost, ask_by_name, call_by_name, expose
 from distllm.net.node import Node
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,6 @@ class Cluster:
     """All ranks of a job, as rank 0 sees them.
 
     Attributes:
-        members: those that are there, by rank.
         lost_ranks: how many have been lost since the beginning.
 
     Raises:
@@ -66,40 +66,53 @@ class Cluster:
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
         self._registrar = Registrar(self._me)
+        self.on_arrival = self._registrar.on_arrival
         expose("master", self._registrar)
         with _store_needed():
             node.lead()
-        registrations = self._gather(self._registrar, world_size, join_timeout_s)
-        self.members = {0: self._me} | {rank: each.member for rank, each in sorted(registrations.items())}
-        self._identities: dict[int, AgentId] = {rank: each.identity for rank, each in registrations.items()}
-        self._peers: dict[int, Peer] = {}
-        for rank, identity in self._identities.items():
-            try:
-                self._peers[rank] = Peer(identity, "worker")
-            except PeerLost as lost:
-                raise self.lost({rank: lost}, {}) from lost
+        self._others = self._gather(world_size, join_timeout_s)
+        self._shares = Shares()
+        self._shares.welcome(self.members.values())
         self.lost_ranks = 0
-        self._confirm()
 
-    def _confirm(self) -> None:
-        """Waits until every rank has heard of our reference to it: torch prints its stack if one ends before that."""
-        for rank, peer in self._peers.items():
-            try:
-                peer.confirm(ORDER_TIMEOUT_S)
-            except PeerLost as lost:
-                raise self.lost({rank: lost}, {}) from lost
+    @property
+    def members(self) -> dict[int, Member]:
+        """Those that are there, by rank."""
+        return {0: self._me} | {rank: each.member for rank, each in sorted(self._others.items())}
 
-    def _gather(self, registrar: Registrar, world_size: int, timeout_s: float) -> dict[int, Registration]:
+    def _gather(self, world_size: int, timeout_s: float) -> dict[int, Registered]:
         wanted = set(range(1, world_size))
         deadline = time.monotonic() + timeout_s
-        while missing := wanted - registrar.taken().keys():
-            self._check_joining(wanted, registrar.taken())
+        while missing := wanted - self._registrar.taken().keys():
+            self._registrar.check()
+            self._check_joining(wanted, self._registrar.taken())
             if time.monotonic() > deadline:
                 raise EngineError(f"ranks {sorted(missing)} did not register within {timeout_s:g} s; did they start?")
             time.sleep(POLL_S / 2)
-        return registrar.taken()
+        self._registrar.check()
+        return self._registrar.taken()
 
-    def _check_joining(self, wanted: Iterable[int], taken: Mapping[int, Registration]) -> None:
+    def admit(self, ring: Collection[int]) -> bool:
+        """Takes in the processes that have registered since; says whether there was one.
+
+        One that comes in place of another is there as soon as that one is buried, here if it is in no ring.
+        """
+        came = []
+        for rank, newcomer in self._registrar.taken().items():
+            if self._others.get(rank) is newcomer or (rank in self._others and rank in ring):
+                continue
+            if rank in self._others:
+                logger.warning("%s is lost", self._others[rank].member)
+                self.bury([rank])
+            self._others[rank] = newcomer
+            if self._local:
+                self._local.came(rank)
+            came.append(newcomer.member)
+            logger.info("%s has come", newcomer.member)
+        self._shares.welcome(came)
+        return bool(came)
+
+    def _check_joining(self, wanted: Iterable[int], taken: Mapping[int, Registered]) -> None:
         """A rank that dies while others still join keeps them from it, so it must be named at once."""
         if self._local:
             for rank in sorted(wanted):
@@ -115,23 +128,8 @@ class Cluster:
                     raise EngineError(f"{registration.member} is lost: {lost.reason}") from lost
 
     def shared_out(self, memory_fraction: float) -> list[Member]:
-        """Members by rank; the memory and cores of a host are divided among its ranks, and GPUs dealt out."""
-        by_host: dict[str, list[Member]] = {}
-        for member in self.members.values():
-            by_host.setdefault(member.boot_id, []).append(member)
-        shares = []
-        for together in by_host.values():
-            free = min(member.memory_bytes for member in together)
-            for index, member in enumerate(together):
-                shares.append(
-                    replace(
-                        member,
-                        memory_bytes=int(free * memory_fraction) // len(together),
-                        cores=max(1, member.cores // len(together)),
-                        device=f"cuda:{index}" if index < member.gpus else "cpu",
-                    )
-                )
-        return sorted(shares, key=lambda member: member.rank)
+        """Members by rank, with what each may use of its host."""
+        return self._shares.of(self.members.values(), memory_fraction)
 
     def new_epoch(self) -> int:
         """A number that no epoch of this job has had.
@@ -157,14 +155,14 @@ class Cluster:
     def forget(self) -> None:
         """Tells all ranks to unload; one that does not hear it is found out by the next order."""
         with suppress(EngineError):  # without a store there will be no next order
-            self._ask("unload", dict.fromkeys(self._peers, self.new_epoch()), VERDICT_TIMEOUT_S)
+            self._ask("unload", dict.fromkeys(self._others, self.new_epoch()), VERDICT_TIMEOUT_S)
 
     def _ask(self, verb: str, arguments: Mapping[int, object], timeout_s: float) -> dict[int, object]:
         """Calls a verb of several ranks at once: each one's answer, or the PeerLost that came instead."""
         asked: dict[int, Answer | PeerLost] = {}
         for rank, argument in arguments.items():
             try:
-                asked[rank] = self._peers[rank].ask(
+                asked[rank] = self._others[rank].peer.ask(
                     verb, *(() if argument is None else (argument,)), timeout_s=timeout_s
                 )
             except PeerLost as lost:
@@ -184,7 +182,7 @@ class Cluster:
         still_s: float,
         deadline_s: float,
         seen: Callable[[dict[int, Status]], None],
-        unless: Future[Loaded],
+        unless: Future[Loaded] | None = None,
     ) -> None:
         """Waits until the ranks have carried out their orders.
 
@@ -195,15 +193,17 @@ class Cluster:
             unless: what rank 0 does meanwhile; if it fails, there is no point in waiting.
 
         Raises:
-            EngineError: a rank is lost, stands still or failed; names it.
+            EngineError: a rank is lost, stands still or failed; names it. Or it has been told something newer.
         """
         waiting = set(ranks)
         told: dict[int, Status] = {}
-        while waiting and not (unless.done() and unless.exception()):
+        while waiting and not (unless and unless.done() and unless.exception()):
             for rank, status in self.statuses(waiting, deadline_s).items():
                 if isinstance(status, PeerLost):
                     raise self.lost({rank: status}, {})
                 told[rank] = status
+                if status.epoch > epoch:
+                    raise EngineError(f"{self.members[rank]} has an order of a newer epoch")
                 if status.failure:
                     raise CannotLoad(f"{self.members[rank]}: {status.failure}", [rank])
                 if status.epoch == epoch and status.done:
@@ -303,13 +303,16 @@ class Cluster:
         gone: list[AgentId] = []
         for rank in ranks:
             self._kill(rank)
-            self._registrar.forget(rank)
-            gone.append(self._identities.pop(rank))
-            del self.members[rank], self._peers[rank]
+            buried = self._others.pop(rank)
+            self._registrar.forget(buried.member.life)
+            self._shares.dismiss(buried.member)
+            gone.append(buried.identity)
+            if self._local:
+                self._local.replace(rank)
         self.lost_ranks += len(gone)
         if gone:
             self.node.agent.bury(gone)
-            self._ask("bury", dict.fromkeys(self._peers, gone), VERDICT_TIMEOUT_S)
+            self._ask("bury", dict.fromkeys(self._others, gone), VERDICT_TIMEOUT_S)
 
     def _kill(self, rank: int) -> bool:
         """Kills a process of this host, if it is certainly that one."""
@@ -326,9 +329,9 @@ class Cluster:
     def stop(self, code: int) -> None:
         """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
         told: list[Answer | PeerLost] = []
-        for identity in self._identities.values():
+        for other in self._registrar.taken().values():
             try:
-                told.append(ask_by_name(identity.name, "worker", "stop", code, timeout_s=VERDICT_TIMEOUT_S))
+                told.append(ask_by_name(other.identity.name, "worker", "stop", code, timeout_s=VERDICT_TIMEOUT_S))
             except PeerLost as lost:
                 told.append(lost)
         for answer in told:

@@ -83,9 +83,7 @@ class Engine:
             self.job = Job(options, reader.blueprint, self._ranks.cluster)
             opened.callback(self.job.unload)
             pipeline = self.job.start()
-            self.master = Master(
-                pipeline, _scheduler(self.job, pipeline), options.engine.prompt_chunk, self.job.recover
-            )
+            self.master = Master(pipeline, _scheduler(self.job, pipeline), options.engine.prompt_chunk, self.job)
             opened.callback(self.master.close)
             opened.callback(self.job.close)
             self._opened = opened.pop_all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,7 +38,6 @@ class Epochs:
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster
-        self._epoch = 0
         self._held: Mapping[int, Span] = {}
         self._mine: Future[Loaded] | None = None
         self._kept: Kept | None = None
@@ -48,7 +47,11 @@ class Epochs:
         """Gives up an epoch that is not yet there; from any thread."""
         self._closed.set()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """
+        Raises:
+            EngineError: it was closed.
+        """
         if self._closed.is_set():
             raise EngineError("the engine is closed")
 
@@ -65,14 +68,14 @@ class Epochs:
         before, self._held = self._held, {stage.rank: stage.span for stage in plan.stages}
         sizes = self.blueprint.sizes
         totals = {stage.rank: loaded_bytes(sizes, before.get(stage.rank), stage.span) for stage in plan.stages}
-        with LoadProgress(totals) as progress, self._sending(plan, progress) as pushes:
+        with LoadProgress(totals) as progress, self._sending(plan, lambda: progress.add_mine(0)) as pushes:
             orders = self._orders(plan, members, pushes)
             torch.set_num_threads(orders[0].threads)
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
             kept, self._kept = self._kept or Kept(orders[0], self.blueprint, None, 0), None
             self._mine = mine = in_thread(partial(load, orders[0], 0, progress.add_mine, kept))
-            self._wait(others, mine, progress)
+            self._wait(orders[0].epoch, others, mine, progress)
         logger.debug("every rank has loaded")
         with rank_0_is("loading"):
             loaded = mine.result()
@@ -89,18 +92,44 @@ class Epochs:
         """Rank 0's part is not needed any more."""
         self._mine = self._kept = None
 
-    def _wait(self, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
+    def prepare(self, plan: Plan, members: Sequence[Member], ranks: Collection[int]) -> Future[None]:
+        """Has ranks that are in no ring load what a plan to come gives them, while the ring goes on.
+
+        Returns:
+            What is there when they have; a Verdict, if one is lost, stands still or cannot load.
+        """
+
+        def load_ahead() -> None:
+            assert self._cluster is not None, "one rank alone has no others"
+            with self._sending(plan, self.check_open, ranks) as pushes:
+                orders = self._orders(plan, members, pushes)
+                self._cluster.order("load", {rank: orders[rank] for rank in ranks})
+                self._cluster.wait_done(
+                    orders[0].epoch,
+                    ranks,
+                    still_s=self.options.cluster.load_timeout_s,
+                    deadline_s=self.options.cluster.deadline_s,
+                    seen=lambda _: self.check_open(),
+                )
+
+        return in_thread(load_ahead)
+
+    def prepared(self, plan: Plan, ranks: Collection[int]) -> None:
+        """Ranks have loaded what a plan gives them."""
+        self._held = {**self._held, **{stage.rank: stage.span for stage in plan.stages if stage.rank in ranks}}
+
+    def _wait(self, epoch: int, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s
 
         def see(told: Mapping[int, Status]) -> None:
-            self._check_open()
+            self.check_open()
             progress.see(told)
 
         if self._cluster is not None:
             deadline_s = self.options.cluster.deadline_s
-            self._cluster.wait_done(self._epoch, others, still_s=still_s, deadline_s=deadline_s, seen=see, unless=mine)
+            self._cluster.wait_done(epoch, others, still_s=still_s, deadline_s=deadline_s, seen=see, unless=mine)
         while not mine.done():
-            self._check_open()
+            self.check_open()
             if progress.still_s > still_s:
                 raise EngineError(f"rank 0 stands still while loading for {progress.still_s:.0f} s")
             wait([mine], timeout=POLL_S)
@@ -109,11 +138,12 @@ class Epochs:
         cluster = self._cluster
         if cluster is None or not others:
             return Pipeline(loaded, None, cluster)
-        cluster.order("join", dict.fromkeys(others, JoinOrder(self._epoch)))
+        epoch = loaded.order.epoch
+        cluster.order("join", dict.fromkeys(others, JoinOrder(epoch)))
         forming = in_thread(
             partial(
                 cluster.node.wire,
-                self._epoch,
+                epoch,
                 position=0,
                 devices=loaded.order.devices,
                 receive_bytes=loaded.frame_bytes,
@@ -127,14 +157,16 @@ class Epochs:
             raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
 
     @contextmanager
-    def _sending(self, plan: Plan, progress: LoadProgress) -> Iterator[Mapping[int, Push]]:
-        """What to tell the ranks that are sent their weights."""
+    def _sending(
+        self, plan: Plan, alive: Callable[[], None], among: Collection[int] | None = None
+    ) -> Iterator[Mapping[int, Push]]:
+        """What to tell the ranks that are sent their weights: all such ranks of the plan, or those among some."""
         weights, cluster = self.options.weights, self._cluster
-        ranks = pushed_ranks(weights, plan)
+        ranks = [rank for rank in pushed_ranks(weights, plan) if among is None or rank in among]
         if cluster is None or not ranks:
             yield {}
             return
-        gathering = in_thread(partial(gather, weights, self.blueprint, plan, lambda: progress.add_mine(0)))
+        gathering = in_thread(partial(gather, weights, self.blueprint, plan, alive))
         cluster.attend(ranks, gathering)
         with rank_0_is("looking for the weights of other ranks"):
             extents = gathering.result()
@@ -143,10 +175,9 @@ class Epochs:
             yield dict.fromkeys(ranks, push)
 
     def _orders(self, plan: Plan, members: Sequence[Member], pushes: Mapping[int, Push]) -> dict[int, LoadOrder]:
-        self._epoch = self._cluster.new_epoch() if self._cluster else self._epoch + 1
         devices = {member.rank: member.device for member in members}
         order = LoadOrder(
-            epoch=self._epoch,
+            epoch=self._cluster.new_epoch() if self._cluster else 1,
             plan=plan,
             model=self._pinned_model,
             quantization=self.options.quantization,

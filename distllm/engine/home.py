@@ -42,7 +42,12 @@ class Home:
             on_error.callback(self.release)
             node = self._local_node(config)
             rendezvous = replace(node.rendezvous, world_size=config.workers)
-            local = LocalRanks(rendezvous, join_timeout_s=config.join_timeout_s, deadline_s=config.deadline_s)
+            local = LocalRanks(
+                rendezvous,
+                join_timeout_s=config.join_timeout_s,
+                deadline_s=config.deadline_s,
+                restarts=config.restarts,
+            )
             on_error.callback(node.agent.bury_others)
             on_error.callback(local.end)
             cluster = Cluster(node, local, config.workers, join_timeout_s=config.join_timeout_s)

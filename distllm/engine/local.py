@@ -7,50 +7,108 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 from distllm.net.store import Rendezvous
 
 logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 5.0
+RESTART_S = 0.5
+POLL_S = 0.2
 
 
 class LocalRanks:
-    """Child processes, one a rank from 1 on. Each ends by itself when the pipe from its parent closes."""
+    """Child processes, one a rank from 1 on. Each ends by itself when the pipe from its parent closes.
 
-    def __init__(self, rendezvous: Rendezvous, *, join_timeout_s: float, deadline_s: float) -> None:
+    Args:
+        restarts: how often each is started again when it is lost.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, *, join_timeout_s: float, deadline_s: float, restarts: int) -> None:
         command = [sys.executable, "-m", "distllm.engine"]
         command += [f"--world-size={rendezvous.world_size}", f"--host={rendezvous.host}", f"--port={rendezvous.port}"]
         command += [f"--job={rendezvous.job}", f"--join-timeout-s={join_timeout_s}", f"--deadline-s={deadline_s}"]
         command += [f"--log-level={logging.getLevelName(logger.getEffectiveLevel())}"]
+        self._command = command
+        self._lock = threading.Lock()
+        self._ending = threading.Event()
+        self._restarts_left = dict.fromkeys(range(1, rendezvous.world_size), restarts)
+        self._due: dict[int, float] = {}
+        self._awaited: set[int] = set()
+        self._supervisor: threading.Thread | None = None
+        self._children = {rank: self._started(rank) for rank in self._restarts_left}
+
+    def _started(self, rank: int) -> subprocess.Popen[bytes]:
         # torch warns of every connection that closes, which is how ranks end.
         environ = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | dict(os.environ)
-        self._children = {
-            rank: subprocess.Popen(
-                [*command, f"--rank={rank}"],
-                stdin=subprocess.PIPE,
-                env=environ,
-                process_group=0,  # out of the terminal's, whose Ctrl-C is this process's to answer
-            )
-            for rank in range(1, rendezvous.world_size)
-        }
+        return subprocess.Popen(
+            [*self._command, f"--rank={rank}"],
+            stdin=subprocess.PIPE,
+            env=environ,
+            process_group=0,  # out of the terminal's, whose Ctrl-C is this process's to answer
+        )
 
     def ended(self, rank: int) -> str | None:
         """How a child ended, or None while it runs."""
-        code = self._children[rank].poll()
+        code = self._children[rank].poll() if rank in self._children else None
         if code is None:
             return None
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
+    def replace(self, rank: int) -> None:
+        """Starts one that was lost again, a moment later, unless that was done often enough."""
+        with self._lock:
+            if self._restarts_left.get(rank, 0) > 0:
+                self._restarts_left[rank] -= 1
+                self._due[rank] = time.monotonic() + RESTART_S
+                if self._supervisor is None:
+                    self._supervisor = threading.Thread(target=self._supervise, name="distllm-ranks", daemon=True)
+                    self._supervisor.start()
+
+    def came(self, rank: int) -> None:
+        """One that was started again has registered; from here on its end is for others to notice."""
+        with self._lock:
+            self._awaited.discard(rank)
+
+    def _supervise(self) -> None:
+        while not self._ending.wait(POLL_S):
+            with self._lock:
+                now = time.monotonic()
+                due = [rank for rank, time_due in self._due.items() if time_due <= now]
+                failed = {rank: how for rank in self._awaited if (how := self.ended(rank))}
+                self._awaited -= failed.keys()
+                for rank in due:
+                    del self._due[rank]
+                    self._start_again(rank)
+            for rank, how in failed.items():
+                logger.warning("rank %d %s before it registered", rank, how)
+                self.replace(rank)
+
+    def _start_again(self, rank: int) -> None:
+        _end([self._children[rank]])
+        if not self._ending.is_set():
+            self._children[rank] = self._started(rank)
+            self._awaited.add(rank)
+            logger.info("rank %d is started again, as pid %d", rank, self._children[rank].pid)
+
     def end(self) -> None:
         """Closes the pipes and waits; kills what does not end in time."""
-        for child in self._children.values():
-            assert child.stdin is not None
-            child.stdin.close()
-        for rank, child in self._children.items():
-            try:
-                child.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                logger.warning("rank %d (pid %d) does not end; killing it", rank, child.pid)
-                child.kill()
-                child.wait(END_TIMEOUT_S)
+        self._ending.set()
+        if self._supervisor is not None:
+            self._supervisor.join()
+        _end(list(self._children.values()))
+
+
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.close()
+    for child in children:
+        try:
+            child.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("pid %d does not end; killing it", child.pid)
+            child.kill()
+            child.wait(END_TIMEOUT_S)

@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from distllm.core import EngineError
+from distllm.core import EngineError, Plan
 from distllm.engine.delivery import Delivery
 from distllm.engine.pace import Pace
 from distllm.engine.pipeline import Done, Pipeline
@@ -28,8 +29,14 @@ logger = logging.getLogger(__name__)
 
 END_TIMEOUT_S = 10.0
 
-Recover = Callable[[Exception, Pipeline, float], Pipeline]
-"""Makes a new ring in place of a broken one; the last is the time of the first break after which nothing came home."""
+
+class Rings(Protocol):
+    """Who makes the rings that the master runs; see `Job`."""
+
+    def on_news(self, notify: Callable[[], None]) -> None: ...
+    def grow(self) -> Plan | None: ...
+    def change(self, plan: Plan, pipeline: Pipeline) -> Pipeline: ...
+    def recover(self, broken: Exception, pipeline: Pipeline, since: float) -> Pipeline: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +46,30 @@ class Cancel:
     request: int
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """Ranks have come, or are ready for a new plan."""
+
+
 class Master:
     """Runs the requests of one model on one pipeline until it is closed or the pipeline breaks."""
 
-    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int, recover: Recover) -> None:
+    def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int, rings: Rings) -> None:
         self.pipeline = pipeline
-        self._recover = recover
+        self._rings = rings
         self._scheduler = scheduler
         self._pace = Pace(prompt_chunk, pipeline.deadline_s)
         scheduler.set_prompt_chunk(self._pace.chunk)
-        self._inbox: queue.SimpleQueue[Delivery | Cancel | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Delivery | Cancel | News | None] = queue.SimpleQueue()
         self._deliveries: dict[int, Delivery] = {}
         self._closing = False
+        self._news = True
+        self._next_plan: Plan | None = None
         self._broken_at: float | None = None
         self._lock = threading.Lock()
         self._failure: EngineError | None = None
         self.stats = Stats()
+        rings.on_news(lambda: self._inbox.put(News()))
         self._thread = threading.Thread(target=self._run, name="distllm-master", daemon=True)
         self._thread.start()
 
@@ -106,14 +121,17 @@ class Master:
         while True:
             torch.set_num_threads(self.pipeline.threads)
             try:
-                with self.pipeline:
-                    self._loop()
-                return EngineError("the engine is closed")
-            except WireBroken as broken:
                 try:
+                    with self.pipeline:
+                        self._loop()
+                except WireBroken as broken:
                     self._go_on(broken)
-                except EngineError as end:
-                    return end
+                    continue
+                if self._closing:
+                    return EngineError("the engine is closed")
+                self._change()
+            except EngineError as end:
+                return end
 
     def _go_on(self, broken: WireBroken) -> None:
         """A new ring in place of a broken one; every request waits again, with the tokens that it has.
@@ -123,14 +141,34 @@ class Master:
         """
         began = time.monotonic()
         self._broken_at = self._broken_at or began
-        self.pipeline = self._recover(broken, self.pipeline, self._broken_at)
+        self._next_plan = None
+        self.pipeline = self._rings.recover(broken, self.pipeline, self._broken_at)
+        self._rewind(f"the ring broke ({broken})")
+        requests = counted(self._scheduler.waiting, "request")
+        logger.warning("going on with %s after %.1f s", requests, time.monotonic() - began)
+        self._news = True  # of those that came meanwhile
+
+    def _change(self) -> None:
+        """A new ring with ranks that have come, in place of one that has ended well.
+
+        Raises:
+            EngineError: a rank is lost meanwhile, and there is no ring without it.
+        """
+        began = time.monotonic()
+        plan, self._next_plan = self._next_plan, None
+        assert plan is not None, "the loop ends for a plan, or because it is closed"
+        self.pipeline = self._rings.change(plan, self.pipeline)
+        self._rewind("the plan has changed")
+        logger.info("%s waited %.1f s", counted(self._scheduler.waiting, "request"), time.monotonic() - began)
+        self._news = True
+
+    def _rewind(self, reason: str) -> None:
+        """Every request waits for the new ring; those that have more tokens than it has room for end."""
         pool, steps = BlockPool(self.pipeline.kv_blocks), self.pipeline.steps_in_flight
         for request in self._scheduler.rewind(pool, steps_in_flight=steps):
             room = f"there is KV room for {self.pipeline.kv_tokens} tokens left, and this request has more"
-            self._deliveries.pop(request).fail(EngineError(f"the ring broke ({broken}); {room}"))
+            self._deliveries.pop(request).fail(EngineError(f"{reason}; {room}"))
         self.stats.new_epoch()
-        requests = counted(self._scheduler.waiting, "request")
-        logger.warning("going on with %s after %.1f s", requests, time.monotonic() - began)
 
     def _drain(self) -> Sequence[Delivery]:
         waiting = []
@@ -143,7 +181,12 @@ class Master:
     def _loop(self) -> None:
         while True:
             self._accept()
-            if self._closing:
+            if self._news and not self._closing:
+                self._news = False
+                self._next_plan = self._rings.grow()
+                while self._next_plan and self.pipeline.in_flight:
+                    self._collect()
+            if self._closing or self._next_plan:
                 return
             if (step := self._scheduler.next_step()) is not None:
                 self.pipeline.send(step)
@@ -163,10 +206,12 @@ class Master:
         except queue.Empty:
             self.pipeline.pulse()
 
-    def _take(self, item: Delivery | Cancel | None) -> None:
+    def _take(self, item: Delivery | Cancel | News | None) -> None:
         match item:
             case None:
                 self._closing = True
+            case News():
+                self._news = True
             case Cancel():
                 if self._deliveries.pop(item.request, None) is not None:
                     self._scheduler.finish(item.request)

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,10 @@ from distllm.net.store import reached
 logger = logging.getLogger(__name__)
 
 LISTEN_S = 0.005
+# Those that live bury a member that died; one that comes in its place gives them so long.
+BURIAL_S = 10.0
+BURIAL_POLL_S = 0.05
+ANSWER_TIMEOUT_S = 2.0
 
 _MEMBERS = "names/_ALL_WORKER_INFOS"
 _TOKEN = "RpcGroupManagementToken"
@@ -56,6 +60,9 @@ class JoinFailed(ConnectionError):
 class Agent:
     """This process in the RPC group.
 
+    Args:
+        name: the rank, an underscore and what is this process's alone.
+
     Raises:
         JoinFailed: another member does not answer.
         ConnectionError: the store is gone.
@@ -66,6 +73,8 @@ class Agent:
             self.identity = AgentId(name, int(store.add("agents", 1)))
         self._store = PrefixStore("rpc", store)
         self._store.set_timeout(timedelta(seconds=timeout_s))
+        with reached():
+            self._outlive_predecessors()
         if interface.name:
             os.environ["TP_SOCKET_IFNAME"] = interface.name
         options = rpc.TensorPipeRpcBackendOptions(
@@ -82,6 +91,40 @@ class Agent:
                 self._strike_off(self.identity)
             raise JoinFailed(f"cannot join the other ranks within {timeout_s:g} s; has one died?") from error
 
+    def _outlive_predecessors(self) -> None:
+        """Waits until the group has buried the processes that had this one's rank; strikes them off if it does not."""
+        rank = self.identity.name.partition("_")[0]
+        until = time.monotonic() + BURIAL_S
+        while before := [each for each in self._listed() if each.name.partition("_")[0] == rank]:
+            if time.monotonic() > until:
+                for each in before:
+                    self._strike_off(each)
+            time.sleep(BURIAL_POLL_S)
+
+    def bury_strays(self, known: Collection[AgentId], suspects: Collection[AgentId]) -> list[AgentId]:
+        """Buries members that are dead before anybody knew them: as long as they are listed, nobody can join.
+
+        Args:
+            known: those that are watched otherwise.
+            suspects: what the last call returned.
+
+        Returns:
+            Members that are not known; one that stays so is asked by the next call whether it is alive.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with reached():
+            strays = [each for each in self._listed() if each not in known and each != self.identity]
+            for each in strays:
+                if each in suspects and not answers(each.name):
+                    self.bury([each])
+        return strays
+
+    def _listed(self) -> list[AgentId]:
+        listed = self._store.get(_MEMBERS).decode().split(",") if self._store.check([_MEMBERS]) else []
+        return [AgentId(name, int(number)) for name, _, number in (each.rpartition("-") for each in listed) if name]
+
     def bury(self, dead: Sequence[AgentId]) -> None:
         """Forgets members that are gone, in this process and in the group's store, so that others can join."""
         for each in dead:
@@ -90,9 +133,7 @@ class Agent:
 
     def bury_others(self) -> None:
         """Forgets every other member of the group; all of them must have ended."""
-        listed = self._store.get(_MEMBERS).decode().split(",")
-        members = [AgentId(name, int(number)) for name, _, number in (each.rpartition("-") for each in listed) if name]
-        self.bury([member for member in members if member != self.identity])
+        self.bury([member for member in self._listed() if member != self.identity])
         self._free_token("")  # one that was not listed yet may hold it
 
     def _strike_off(self, member: AgentId) -> None:
@@ -105,10 +146,14 @@ class Agent:
 
     def _free_token(self, name: str) -> None:
         """Lets others join or leave, in place of one that ended in the middle of doing so."""
-        held = self._store.get(_TOKEN).decode() if self._store.check([_TOKEN]) else ""
+        held = self._token()
         if held and name in held:
             self._store.set(_TOKEN, "")
             self._store.set(held, "Done")  # who waits, waits for this
+
+    def _token(self) -> str:
+        """Who is joining or leaving; nothing if nobody is."""
+        return self._store.get(_TOKEN).decode() if self._store.check([_TOKEN]) else ""
 
 
 def bury_here(dead: AgentId) -> None:
@@ -238,6 +283,14 @@ def call_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float
         PeerLost: no answer within the time, or the connection is closed.
     """
     return ask_by_name(name, key, verb, *args, timeout_s=timeout_s).wait()
+
+
+def answers(name: str) -> bool:
+    """Whether there is a process behind a name: one that is only slow counts."""
+    try:
+        return bool(rpc.rpc_async(name, os.getpid, timeout=ANSWER_TIMEOUT_S).wait())
+    except RuntimeError as error:
+        return _lost(name, error).timed_out
 
 
 def _lost(name: str, error: RuntimeError) -> PeerLost:

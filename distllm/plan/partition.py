@@ -95,21 +95,6 @@ def partition(members: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> P
     return plan_of(ranks, sizes, wish, split)
 
 
-def rebalanced(
-    plan: Plan, members: Sequence[Member], sizes: ModelSizes, wish: PlanWish, *, min_gain: float
-) -> Plan | None:
-    """The balanced plan if its slowest stage is faster than `plan`'s by at least the share `min_gain`, else None.
-
-    None also if no balanced split fits: the plan that runs is kept. `wish.strategy` and `wish.layers` are ignored.
-    """
-    ranks = in_order(members)
-    kept = tuple(span_of(plan, member.rank) for member in ranks)
-    if (split := balanced_split(ranks, sizes, wish)) is None:
-        return None
-    before, after = slowest(ranks, sizes, kept), slowest(ranks, sizes, split)
-    return plan_of(ranks, sizes, wish, split) if after < before and after <= before * (1 - min_gain) else None
-
-
 def measured(
     sizes: ModelSizes,
     plan: Plan,
@@ -202,13 +187,6 @@ def split_of(counts: Sequence[int], *, head: int) -> Split:
     """The spans of these numbers of layers, the head being on the rank at place `head`."""
     bounds = pairwise(accumulate(counts, initial=0))
     return tuple(Span(start, stop, embed=place == 0, head=place == head) for place, (start, stop) in enumerate(bounds))
-
-
-def span_of(plan: Plan, rank: int) -> Span:
-    """What a rank holds; for an idle one an empty span where the ranks before it ended."""
-    done = max((stage.span.stop for stage in plan.stages if stage.rank < rank), default=0)
-    stage = plan.stage_of(rank)
-    return stage.span if stage else Span(done, done)
 
 
 def slowest(ranks: Sequence[Member], sizes: ModelSizes, split: Split) -> float:
