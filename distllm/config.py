@@ -87,9 +87,13 @@ class ClusterConfig:
     """The machines, and how long to wait for them."""
 
     workers: int = key(0, "start this many ranks on this host; 0 takes torchrun's, or this process alone")
+    join: str | None = key(
+        None, "HOST:PORT of a job that runs: this process becomes a new rank of it, whatever else is said", text=True
+    )
     interface: str | None = key(
         None, "network interface between hosts; by default the one that routes to the master", text=True
     )
+    spares: int = key(0, "keep so many ranks out of the plan, with weights loaded, to take over at once")
     threads: int | None = key(None, "computing threads of a rank; by default the host's cores over its ranks")
     join_timeout_s: float = key(120.0, "longest wait for all ranks to register")
     load_timeout_s: float = key(120.0, "longest time that loading may stand still")

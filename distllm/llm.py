@@ -17,6 +17,7 @@ from distllm.engine.engine import Engine
 from distllm.engine.home import home
 from distllm.engine.options import Options
 from distllm.engine.reader import Messages, Prompt, Reader
+from distllm.net import store
 from distllm.net.store import Rendezvous
 from distllm.validation import validate_engine
 
@@ -40,7 +41,7 @@ def launched(environ: Mapping[str, str] = os.environ) -> Rendezvous | None:
             world_size=int(environ["WORLD_SIZE"]),
             host=environ["MASTER_ADDR"],
             port=int(environ["MASTER_PORT"]),
-            job=f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            job=f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}-{_restarts_of_all(environ)}",
             hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
             run_id=environ.get("TORCHELASTIC_RUN_ID"),
         )
@@ -50,16 +51,27 @@ def launched(environ: Mapping[str, str] = os.environ) -> Rendezvous | None:
         raise ValueError(f"RANK, WORLD_SIZE and MASTER_PORT must be numbers: {error}") from None
 
 
+def _restarts_of_all(environ: Mapping[str, str]) -> str:
+    """How often the launcher has started all ranks again: one agent for all of them does so when one dies.
+
+    Agents of some ranks start only those again, which come back to the same job.
+    """
+    all_here = environ.get("LOCAL_WORLD_SIZE") == environ["WORLD_SIZE"]
+    return environ.get("TORCHELASTIC_RESTART_COUNT", "0") if all_here else "0"
+
+
 def serve_here(cluster: ClusterConfig | None = None) -> int:
     """On a rank other than 0: serves rank 0 until its process ends, then returns the exit code.
+
+    With `cluster.join`, this process becomes a new rank of a job that runs.
 
     Raises:
         ValueError: this is not such a rank, or the master cannot be reached.
     """
-    rendezvous = launched()
-    if rendezvous is None or rendezvous.rank == 0:
-        raise ValueError("serve_here() is for the ranks of torchrun other than 0")
     cluster = cluster or ClusterConfig()
+    rendezvous = store.newcomer(cluster.join, cluster.join_timeout_s) if cluster.join else launched()
+    if rendezvous is None or rendezvous.rank == 0:
+        raise ValueError("serve_here() is for the ranks of torchrun other than 0, and with cluster.join")
     return process.serve(
         rendezvous,
         interface=cluster.interface,

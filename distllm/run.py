@@ -64,7 +64,7 @@ def _lead(given: Sequence[str]) -> int:
     try:
         try:
             config = _configured(given)
-            began = config is not None
+            began = config is not None and config.cluster.join is None
             code = _run(config) if config is not None else 0
             sys.stdout.flush()
         finally:
@@ -127,12 +127,19 @@ def _listen_to_signals() -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGTERM and others:
+            _hold_ranks()
             signal.setitimer(signal.ITIMER_REAL, VERDICT_S)
             return
         raise Terminated
 
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(each, end)
+
+
+def _hold_ranks() -> None:
+    """If this process has come so far that there are any."""
+    if (home := sys.modules.get("distllm.engine.home")) is not None:
+        home.home.hold()
 
 
 def _ignore_signals() -> None:
@@ -158,6 +165,10 @@ def _configured(given: Sequence[str]) -> Config | None:
 
 
 def _run(config: Config) -> int:
+    if config.cluster.join is not None:
+        from distllm.llm import serve_here
+
+        return serve_here(config.cluster)
     if config.task == "bench":
         from distllm.bench.run import bench
 
@@ -265,7 +276,7 @@ def _follow(given: Sequence[str], rank: int) -> int:
         config = compose(flags, overrides)
         validate(config)
         _log_to_stderr("debug" if config.log_level == "debug" else "warning", f"rank {rank}: ")
-        if config.task in ("bench", *SHARD_TASKS):
+        if config.cluster.join is None and config.task in ("bench", *SHARD_TASKS):
             return 0
         from distllm.llm import serve_here
 

@@ -46,6 +46,7 @@ def _positive(most: int, unit: str = "") -> Rule:
 RULES: dict[str, Rule] = {
     "model.context_length": _at_least(2),
     "cluster.workers": _within(0, 256),
+    "cluster.spares": _within(0, 255),
     "cluster.threads": _within(1, 1024),
     "cluster.join_timeout_s": _positive(DAY_S, " seconds"),
     "cluster.load_timeout_s": _positive(DAY_S, " seconds"),
@@ -190,6 +191,7 @@ def _check_names(config: Config) -> None:
         ("model.hub", config.model.hub, "an id such as Qwen/Qwen3-0.6B"),
         ("model.revision", config.model.revision, "a branch, tag or commit"),
         ("cluster.interface", config.cluster.interface, "an interface"),
+        ("cluster.join", config.cluster.join, "HOST:PORT"),
         ("shard.output", config.shard.output, "a folder"),
     )
     for name, value, what in named:

@@ -49,6 +49,7 @@ def crowd(size):
         _utils._update_group_membership(rpc.WorkerInfo(f"extra{index}", 1000 + index), [], {}, True)
 
 peers = {}
+strays = []
 for line in sys.stdin:
     verb, *rest = line.split()
     try:
@@ -65,6 +66,9 @@ for line in sys.stdin:
             control_id = control.AgentId(rest[0], int(rest[1]))
             node.agent.bury([control_id]) if rest[2] == "all" else control.bury_here(control_id)
             print("ok", flush=True)
+        elif verb == "strays":
+            strays = node.agent.bury_strays([], strays)
+            print(len(strays), flush=True)
         elif verb == "crowd":
             crowd(int(rest[0]))
             print("ok", flush=True)
@@ -124,6 +128,37 @@ def test_the_group_lives_through_deaths(port: int) -> None:
                 processes.append(late := Process(PEER, 9, port))
                 assert late.hear() == "cannot join the other ranks within 8 s; has one died?"
             assert master.say(f"bury {name} all") == "ok"
+    finally:
+        _end(processes)
+
+
+@pytest.mark.timeout(60)
+def test_who_dies_before_it_is_known_is_found_and_buried(port: int) -> None:
+    processes = [master := Process(MASTER, 0, port)]
+    try:
+        master.hear()
+        processes.append(stray := Process(PEER, 1, port))
+        assert stray.hear()
+        assert [master.say("strays") for _ in range(3)] == ["1", "1", "1"], "it lives"
+        os.kill(stray.popen.pid, signal.SIGKILL)
+        assert stray.popen.wait(10) == -signal.SIGKILL
+        assert [master.say("strays") for _ in range(2)] == ["1", "0"]
+        processes.append(peer := Process(PEER, 2, port))
+        assert peer.hear().startswith("rank2_")
+    finally:
+        _end(processes)
+
+
+@pytest.mark.timeout(60)
+def test_who_comes_in_place_of_a_dead_one_waits_for_its_burial_and_sees_to_it(port: int) -> None:
+    processes = [master := Process(MASTER, 0, port)]
+    try:
+        master.hear()
+        for _ in range(2):
+            processes.append(peer := Process(PEER, 1, port))
+            assert peer.hear().startswith("rank1_")
+            os.kill(peer.popen.pid, signal.SIGKILL)
+            assert peer.popen.wait(10) == -signal.SIGKILL
     finally:
         _end(processes)
 

@@ -11,7 +11,7 @@ from test_partition import WISH, member, model, models, spans, team
 
 from distllm.core import Member, ModelSizes, Plan, Span
 from distllm.plan.partition import Chain, partition
-from distllm.plan.replan import fewest_moves, loaded_bytes, replanned, ring_order
+from distllm.plan.replan import fewest_moves, held_by, loaded_bytes, replanned, ring_order
 
 
 def moved(before: Plan, after: Plan, sizes: ModelSizes) -> int:
@@ -80,7 +80,7 @@ def test_no_plan_that_fits_loads_less(sizes: ModelSizes, data: st.DataObject) ->
 
     every = ((*cuts, chain.items) for cuts in combinations_with_replacement(range(chain.items + 1), len(left) - 1))
     best = min((cost(cuts) for cuts in every if fits(cuts)), default=None)
-    found = fewest_moves(before, left, sizes, WISH)
+    found = fewest_moves(held_by(before), left, sizes, WISH)
     if best is None:
         assert found is None
         return

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -22,7 +22,7 @@ from distllm.core import EngineError, Member
 from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
-from distllm.engine.orders import BEFORE_STEPS, Status, finished_in_words, in_words
+from distllm.engine.orders import Status, finished_in_words, in_words
 from distllm.engine.registrar import Registered, Registrar
 from distllm.engine.shares import Shares
 from distllm.net.control import AgentId, Answer, PeerLost, ask_by_name, call_by_name, expose
@@ -33,10 +33,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1
 ORDER_TIMEOUT_S = 20.0
 VERDICT_TIMEOUT_S = 1.0
-# A rank that made progress so lately does not hang.
-SETTLE_S = 1.0
-# Ranks that wait for one that does not join the ring give up at nearly the same time as the master.
-JOIN_GRACE_S = 1.0
+WATCH_S = 2.0
 
 
 class Verdict(EngineError):
@@ -55,18 +52,21 @@ class Cluster:
     """All ranks of a job, as rank 0 sees them.
 
     Attributes:
-        lost_ranks: how many have been lost since the beginning.
+        ring: ranks whose end breaks a ring, or is noticed by who waits for them.
+        lost_ranks: how many have gone since the beginning.
 
     Raises:
         EngineError: a rank did not register in time, ended before, or was refused.
     """
 
-    def __init__(self, node: Node, local: LocalRanks | None, world_size: int, *, join_timeout_s: float) -> None:
+    def __init__(
+        self, node: Node, local: LocalRanks | None, world_size: int, *, join_timeout_s: float, deadline_s: float
+    ) -> None:
         self.node = node
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
         self._registrar = Registrar(self._me)
-        self.on_arrival = self._registrar.on_arrival
+        self.on_news = self._registrar.on_news
         expose("master", self._registrar)
         with _store_needed():
             node.lead()
@@ -74,6 +74,52 @@ class Cluster:
         self._shares = Shares()
         self._shares.welcome(self.members.values())
         self.lost_ranks = 0
+        self.ring: Collection[int] = ()
+        self._gone: dict[AgentId, PeerLost] = {}
+        self._silent: dict[AgentId, float] = {}
+        self._deadline_s = deadline_s
+        self._calls = threading.Lock()  # torch does not take it well if a member is buried that is being called
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="distllm-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        """Looks after those whose death breaks no ring: ranks without a part, and ones that never registered."""
+        strays: list[AgentId] = []
+        while not self._ended.wait(WATCH_S):
+            taken = self._registrar.taken()
+            known = [other.identity for other in taken.values()]
+            try:
+                with self._calls:
+                    strays = self.node.agent.bury_strays(known, strays)
+            except ConnectionError:
+                return
+            for rank, other in taken.items():
+                if rank not in self.ring:
+                    self._look_at(other)
+
+    def _look_at(self, other: Registered) -> None:
+        try:
+            with self._calls:
+                other.peer.ask("status", timeout_s=VERDICT_TIMEOUT_S).wait()
+            self._silent.pop(other.identity, None)
+        except PeerLost as lost:
+            since = self._silent.setdefault(other.identity, time.monotonic())
+            if not lost.timed_out or time.monotonic() - since > self._deadline_s:
+                self._gone[other.identity] = lost
+                self._registrar.news()
+
+    def gone(self) -> dict[int, PeerLost]:
+        """Ranks outside of the ring whose process has ended or hangs, as far as it was noticed."""
+        return {rank: self._gone[each.identity] for rank, each in self._others.items() if each.identity in self._gone}
+
+    def lets_go(self, may_go: bool) -> None:
+        """Whether ranks may leave before the job ends."""
+        self._registrar.lets_go = may_go
+
+    def leavers(self) -> list[Member]:
+        """Those that want to."""
+        lives = self._registrar.leaving()
+        return [member for member in self.members.values() if member.life in lives]
 
     @property
     def members(self) -> dict[int, Member]:
@@ -225,65 +271,17 @@ class Cluster:
         while not until.done():
             for rank, status in self.statuses(ranks, VERDICT_TIMEOUT_S).items():
                 if isinstance(status, Status):
-                    if failure := self._failure(rank, status):
+                    if failure := self.failure(rank, status):
                         raise failure
                 elif not status.timed_out:  # one that is only slow has until the deadline
                     raise self.lost({rank: status}, {})
             wait([until], timeout=POLL_S)
 
-    def _failure(self, rank: int, status: Status) -> Verdict | None:
+    def failure(self, rank: int, status: Status) -> Verdict | None:
         """What went wrong within the rank itself, if anything."""
         if not status.failure or status.ring_broke:
             return None
         return Verdict(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}", [rank])
-
-    def verdict(self, broken: Exception, ring: list[int], last_step: int) -> Verdict:
-        """Finds out who broke a ring.
-
-        Args:
-            ring: ranks in ring order.
-            last_step: the last step that came home; BEFORE_STEPS if the ring did not form.
-        """
-        others = [rank for rank in ring if rank != 0]
-        if last_step == BEFORE_STEPS:
-            time.sleep(JOIN_GRACE_S)
-        said = self._settled(others)
-        gone = {rank: status for rank, status in said.items() if isinstance(status, PeerLost)}
-        heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
-        if gone:
-            return self.lost(gone, _finished(ring, heard, last_step))
-        for rank, status in heard.items():
-            if failure := self._failure(rank, status):
-                return failure
-        busy = {rank: status for rank, status in heard.items() if not status.done and status.received > status.finished}
-        if last_step == BEFORE_STEPS:
-            busy |= {rank: status for rank, status in heard.items() if not status.done}
-        if busy:
-            # Those before it are busy too, with later steps that they cannot hand on.
-            rank, status = min(busy.items(), key=lambda item: item[1].received)
-            return Verdict(
-                f"{self.members[rank]} hangs in {in_words(status.received)} for {status.still_s:.0f} s; "
-                f"{finished_in_words(status.finished)}",
-                [rank],
-            )
-        return Verdict(
-            f"the ring broke although every rank answers: {broken}; "
-            "was rank 0 busy for longer than cluster.deadline_s, or is a link between two hosts down?"
-        )
-
-    def _settled(self, ranks: list[int]) -> dict[int, Status | PeerLost]:
-        """What ranks say once those that have just worked are through with it, unless one is lost.
-
-        One that fails leaves the ring before it can say so.
-        """
-        until = time.monotonic() + 2 * SETTLE_S
-        while True:
-            said = self.statuses(ranks, VERDICT_TIMEOUT_S)
-            heard = [status for status in said.values() if isinstance(status, Status)]
-            working = any(not status.done and status.still_s < SETTLE_S for status in heard)
-            if not working or len(heard) < len(said) or time.monotonic() > until:
-                return said
-            time.sleep(POLL_S)
 
     def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> Verdict:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""
@@ -300,18 +298,33 @@ class Cluster:
 
         One that is alive but out of reach finds that its master does not know it any more, and ends.
         """
-        gone: list[AgentId] = []
+        ranks = list(ranks)
         for rank in ranks:
             self._kill(rank)
-            buried = self._others.pop(rank)
-            self._registrar.forget(buried.member.life)
-            self._shares.dismiss(buried.member)
-            gone.append(buried.identity)
-            if self._local:
+        self._forget(ranks)
+        if self._local:
+            for rank in ranks:
                 self._local.replace(rank)
+
+    def let_go(self, ranks: Iterable[int]) -> None:
+        """Ends ranks that have no part any more, and want to."""
+        ranks = list(ranks)
+        self._ask("stop", dict.fromkeys(ranks, 0), VERDICT_TIMEOUT_S)
+        for rank in ranks:
+            logger.info("%s has left", self.members[rank])
+        self._forget(ranks)
+
+    def _forget(self, ranks: Iterable[int]) -> None:
+        gone: list[AgentId] = []
+        for rank in ranks:
+            other = self._others.pop(rank)
+            self._registrar.forget(other.member.life)
+            self._shares.dismiss(other.member)
+            gone.append(other.identity)
         self.lost_ranks += len(gone)
         if gone:
-            self.node.agent.bury(gone)
+            with self._calls:
+                self.node.agent.bury(gone)
             self._ask("bury", dict.fromkeys(self._others, gone), VERDICT_TIMEOUT_S)
 
     def _kill(self, rank: int) -> bool:
@@ -328,6 +341,7 @@ class Cluster:
 
     def stop(self, code: int) -> None:
         """Ends all other ranks with this exit code; those that do not answer are left to their own watch."""
+        self._ended.set()
         told: list[Answer | PeerLost] = []
         for other in self._registrar.taken().values():
             try:
@@ -355,13 +369,3 @@ def _heard(answer: Answer | PeerLost) -> object:
     except PeerLost as lost:
         logger.debug("no answer: %s", lost)
         return lost
-
-
-def _finished(ring: list[int], heard: Mapping[int, Status], last_step: int) -> dict[int, int]:
-    """The last step that each rank of a ring has surely finished: its successor has received it."""
-    after = dict(pairwise(ring))
-    return {
-        rank: max(last_step, heard[after[rank]].received if after.get(rank) in heard else -1)
-        for rank in ring
-        if rank != 0
-    }

@@ -148,7 +148,7 @@ class Engine:
             "steps": totals.steps,
             "tokens": totals.tokens,
             "tokens_per_s": totals.tokens / totals.busy_s if totals.busy_s else 0.0,
-            "verdicts": list(self.job.verdicts),
+            "verdicts": list(self.job.crew.verdicts),
             **self.master.load(),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +15,7 @@ import torch
 
 from distllm.config import ModelConfig
 from distllm.core import EngineError, Member, Plan, Span
+from distllm.engine import inquest
 from distllm.engine.cluster import POLL_S, Cluster
 from distllm.engine.loading import Kept, Loaded, load
 from distllm.engine.options import Options
@@ -24,7 +25,7 @@ from distllm.engine.progress import LoadProgress
 from distllm.engine.sending import gather, pushed_ranks, sending
 from distllm.model.blueprint import Blueprint
 from distllm.net.wire import WireBroken
-from distllm.plan.replan import loaded_bytes
+from distllm.plan.replan import Held, held_by, loaded_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Epochs:
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster
-        self._held: Mapping[int, Span] = {}
+        self._held: dict[str, Span] = {}
         self._mine: Future[Loaded] | None = None
         self._kept: Kept | None = None
         self._closed = threading.Event()
@@ -64,8 +65,11 @@ class Epochs:
             ValueError: this rank's files cannot be read.
         """
         others = [stage.rank for stage in plan.stages[1:]]
+        if self._cluster is not None:
+            self._cluster.ring = others
         self._keep()
-        before, self._held = self._held, {stage.rank: stage.span for stage in plan.stages}
+        before = self.held(members)
+        self._holds(plan, members)
         sizes = self.blueprint.sizes
         totals = {stage.rank: loaded_bytes(sizes, before.get(stage.rank), stage.span) for stage in plan.stages}
         with LoadProgress(totals) as progress, self._sending(plan, lambda: progress.add_mine(0)) as pushes:
@@ -93,7 +97,7 @@ class Epochs:
         self._mine = self._kept = None
 
     def prepare(self, plan: Plan, members: Sequence[Member], ranks: Collection[int]) -> Future[None]:
-        """Has ranks that are in no ring load what a plan to come gives them, while the ring goes on.
+        """Has ranks that are in no ring load what a plan gives them, while the ring goes on.
 
         Returns:
             What is there when they have; a Verdict, if one is lost, stands still or cannot load.
@@ -104,19 +108,26 @@ class Epochs:
             with self._sending(plan, self.check_open, ranks) as pushes:
                 orders = self._orders(plan, members, pushes)
                 self._cluster.order("load", {rank: orders[rank] for rank in ranks})
+                (epoch,) = {order.epoch for order in orders.values()}
                 self._cluster.wait_done(
-                    orders[0].epoch,
+                    epoch,
                     ranks,
                     still_s=self.options.cluster.load_timeout_s,
                     deadline_s=self.options.cluster.deadline_s,
                     seen=lambda _: self.check_open(),
                 )
+            self._holds(plan, [member for member in members if member.rank in ranks])
 
         return in_thread(load_ahead)
 
-    def prepared(self, plan: Plan, ranks: Collection[int]) -> None:
-        """Ranks have loaded what a plan gives them."""
-        self._held = {**self._held, **{stage.rank: stage.span for stage in plan.stages if stage.rank in ranks}}
+    def _holds(self, plan: Plan, members: Sequence[Member]) -> None:
+        """From now on members of a plan hold what it gives them."""
+        spans = held_by(plan)
+        self._held |= {member.life: spans[member.rank] for member in members if member.rank in spans}
+
+    def held(self, members: Iterable[Member]) -> Held:
+        """What members hold by the last orders that they had."""
+        return {member.rank: self._held[member.life] for member in members if member.life in self._held}
 
     def _wait(self, epoch: int, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s
@@ -154,7 +165,7 @@ class Epochs:
         try:
             return Pipeline(loaded, forming.result(), cluster)
         except WireBroken as broken:
-            raise cluster.verdict(broken, [0, *others], BEFORE_STEPS) from broken
+            raise inquest.verdict(cluster, broken, [0, *others], BEFORE_STEPS) from broken
 
     @contextmanager
     def _sending(

@@ -50,7 +50,7 @@ class Home:
             )
             on_error.callback(node.agent.bury_others)
             on_error.callback(local.end)
-            cluster = Cluster(node, local, config.workers, join_timeout_s=config.join_timeout_s)
+            cluster = _cluster(node, local, config.workers, config)
             on_error.pop_all()
         return cluster
 
@@ -78,7 +78,7 @@ class Home:
             if self._node is not None:
                 raise EngineError("the ranks of the launcher did not come up the first time; start the job again")
             self._node = _joined(rendezvous, config)
-            self._launched = Cluster(self._node, None, rendezvous.world_size, join_timeout_s=config.join_timeout_s)
+            self._launched = _cluster(self._node, None, rendezvous.world_size, config)
         self._take()
         return self._launched
 
@@ -90,6 +90,11 @@ class Home:
     def release(self) -> None:
         """The ranks may serve another model."""
         self._busy = False
+
+    def hold(self) -> None:
+        """This process is told to end: ranks that are told so too need not hand over what they have."""
+        if self._launched is not None:
+            self._launched.lets_go(False)
 
     def dismiss(self, code: int | None = None) -> None:
         """Ends the launched ranks, with an exit code that says how this process ends."""
@@ -121,6 +126,10 @@ def _joined(rendezvous: Rendezvous, config: ClusterConfig) -> Node:
         return Node(rendezvous, config.interface, config.join_timeout_s)
     except ConnectionError as error:
         raise EngineError(str(error)) from error
+
+
+def _cluster(node: Node, local: LocalRanks | None, ranks: int, config: ClusterConfig) -> Cluster:
+    return Cluster(node, local, ranks, join_timeout_s=config.join_timeout_s, deadline_s=config.deadline_s)
 
 
 home = Home()

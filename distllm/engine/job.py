@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from distllm.core import EngineError, Member, ModelSizes, Plan
-from distllm.engine import host
 from distllm.engine.calibrate import time_stages
 from distllm.engine.cluster import POLL_S, CannotLoad, Cluster, Verdict
+from distllm.engine.crew import Crew
 from distllm.engine.epoch import Epochs, rank_0_is
+from distllm.engine.growth import Growth
 from distllm.engine.options import Options
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.stored import check_stored, stored_quantization, stored_wish
@@ -22,31 +21,19 @@ from distllm.model import pages
 from distllm.model.blueprint import Blueprint
 from distllm.model.quantize import check_installed
 from distllm.net.wire import WireBroken
-from distllm.plan.membership import Losses
-from distllm.plan.partition import PlanWish, human_bytes, measured, partition
+from distllm.plan.partition import PlanWish, counted, human_bytes, measured, partition
 from distllm.plan.rebalance import rebalanced, widened
 from distllm.plan.replan import replanned
 from distllm.plan.report import why_idle
+from distllm.plan.spares import warm_stages
 
 logger = logging.getLogger(__name__)
 
 WORKSPACE_BYTES = 100 * 10**6
 
 
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """What ranks outside of the ring load for a plan to come."""
-
-    plan: Plan
-    ranks: Collection[int]
-    done: Future[None]
-
-
 class Job:
     """One model on one set of ranks.
-
-    Attributes:
-        verdicts: why rings broke so far, and which ranks were lost.
 
     Args:
         cluster: the other ranks; None if this process is alone.
@@ -63,29 +50,32 @@ class Job:
         self._cluster = cluster
         if options.quantization.on(0):
             check_installed(options.quantization.method)
-        self.verdicts: list[str] = []
-        self._speeds: Mapping[str, float] = {}
-        self._losses = Losses()
-        self._ahead: Ahead | None = None
-        self._notify: Callable[[], None] = lambda: None
-        self._told_spares: set[str] = set()
-        self.members: Sequence[Member] = _members(cluster, options, self._speeds)
+        self.crew = Crew(cluster, options)
+        if cluster is not None:
+            cluster.lets_go(options.cluster.recovery_deadline_s > 0)
+        self.members: Sequence[Member] = self.crew.everybody()
         _check_ranks(wanted, len(self.members))
         self.sizes: ModelSizes = blueprint.sizes_with(options.quantization)
         self.wish = stored_wish(_wish(options, blueprint.sizes), blueprint, len(self.members))
         self.plan: Plan = self._first_plan()
         check_stored(self.plan, blueprint.checkpoint)
         self._epochs = Epochs(options, blueprint, cluster)
+        self._growth = Growth(self.crew, self._epochs)
+        self._warm: frozenset[str] = frozenset()
 
     def _first_plan(self) -> Plan:
         """With KV room for a whole context if that fits, else for a chunk: the balance must not eat up the room."""
+        spares = self.options.cluster.spares
+        if spares >= len(self.members):
+            raise ValueError(f"cluster.spares={spares}: the job has {counted(len(self.members), 'rank')}; rank 0 works")
+        members = self.members[: len(self.members) - spares]
         try:
-            return partition(self.members, self.sizes, self.wish)
+            return partition(members, self.sizes, self.wish)
         except ValueError:
             self.wish = replace(
                 self.wish, kv_tokens_needed=min(self.options.engine.prompt_chunk, self.sizes.context_length)
             )
-            return partition(self.members, self.sizes, self.wish)
+            return partition(members, self.sizes, self.wish)
 
     @property
     def name(self) -> str:
@@ -127,49 +117,69 @@ class Job:
         return pipeline
 
     def on_news(self, notify: Callable[[], None]) -> None:
-        """Calls this from now on, from any thread, when `grow` should be called."""
-        self._notify = notify
-        if self._cluster is not None:
-            self._cluster.on_arrival(notify)
+        """Calls this from now on, from any thread, when `next_plan` has something to look at."""
+        self.crew.on_news(notify)
 
-    def grow(self) -> Plan | None:
-        """Takes in the ranks that have come while the ring runs.
+    def next_plan(self) -> Plan | None:
+        """What to change to while the ring runs, because ranks have come or want to go.
 
-        Those that a better plan gives a part load it first, beside the ring.
-
-        Returns:
-            The plan to change to, once they have.
+        Those that have come load their part first, beside the ring, and there is news when they have.
         """
-        if self._cluster is None:
+        if self._cluster is None or self._growth.under_way:
             return None
-        if self._ahead is not None:
-            return self._ahead_is_done(self._ahead, self._cluster) if self._ahead.done.done() else None
-        self._cluster.admit(ring=self.others)
-        self.members = self._candidates()
-        plan = widened(self.plan, self.members, self.sizes, self.wish, min_gain=self.options.plan.min_gain)
-        if plan is None or not self._is_stored(plan):
-            self._tell_spares()
-            return None
-        newcomers = {stage.rank for stage in plan.stages} - {0, *self.others}
-        self._ahead = Ahead(plan, newcomers, self._epochs.prepare(plan, self.members, newcomers))
-        self._ahead.done.add_done_callback(lambda _: self._notify())
+        if (ready := self._growth.ready()) is not None:
+            return ready
+        self.crew.bury_idle(self.plan)
+        self.crew.admit(self.others)
+        self.crew.let_go(self.plan)
+        if (smaller := self._without_leavers()) is not None:
+            return smaller
+        self._load_ahead()
         return None
 
-    def _ahead_is_done(self, ahead: Ahead, cluster: Cluster) -> Plan | None:
-        self._ahead = None
+    def _load_ahead(self) -> None:
+        """Has those that have no part load what a wider plan gives them; those that are to be spares, for takeovers."""
+        members = self.crew.trusted(self.plan)
+        idle = [member for member in members if self.plan.stage_of(member.rank) is None]
+        spares = idle[max(0, len(idle) - self.options.cluster.spares) :]
+        fresh = [member for member in members if member not in spares]
+        plan = widened(self.plan, fresh, self.sizes, self.wish, min_gain=self.options.plan.min_gain)
+        if plan is not None and self._is_stored(plan):
+            self.members = fresh
+            newcomers = [member.rank for member in idle if plan.stage_of(member.rank)]
+            self._growth.begin(plan, fresh, newcomers, then=plan)
+            return
+        self.crew.tell_of_spares(self.plan)
+        cold = [spare for spare in spares if spare.life not in self._warm]
+        if self.options.cluster.spares and cold:
+            warm = warm_stages(self.plan, cold, self.sizes, self.wish)
+            self._warm |= {spare.life for spare in cold}
+            ranks = [stage.rank for stage in warm]
+            logger.info("ranks %s load what others hold, to take over from them", ranks)
+            loads = Plan(stages=tuple(warm), idle=(), kv_tokens=self.plan.kv_tokens)
+            self._growth.begin(loads, cold, ranks, then=None)
+
+    def _without_leavers(self) -> Plan | None:
+        """A plan that gives nothing to ranks that want to go; None if there are none, or it does not go without."""
+        leavers = [member for member in self.crew.leavers() if self.plan.stage_of(member.rank)]
+        if not leavers:
+            return None
         try:
-            ahead.done.result()
-        except Verdict as verdict:
-            logger.warning("%s", verdict)
-            self.verdicts.append(str(verdict))
-            self._bury(cluster, verdict)
-            self._notify()  # others may be there
+            members, plan = self._replanned()
+        except ValueError:
+            members, plan = [], self.plan
+        if any(plan.stage_of(leaver.rank) for leaver in leavers):
+            logger.warning("%s is told to end, but the model does not fit without it", leavers[0])
             return None
-        except (EngineError, ValueError) as error:
-            logger.warning("no rank is taken in: %s", error)
-            return None
-        self._epochs.prepared(ahead.plan, ahead.ranks)
-        return ahead.plan
+        self.members = members
+        return plan
+
+    def _is_stored(self, plan: Plan) -> bool:
+        try:
+            check_stored(plan, self.blueprint.checkpoint)
+        except ValueError:
+            return False
+        return True
 
     def change(self, plan: Plan, pipeline: Pipeline) -> Pipeline:
         """Goes over to another plan, when the ring before has ended well.
@@ -192,7 +202,7 @@ class Job:
         Raises:
             EngineError: it cannot go on; says what broke and why.
         """
-        self._ahead = None
+        self._growth.drop()
         verdict = pipeline.verdict(broken)
         pipeline.free()
         self._go_on_after(verdict, since)
@@ -207,7 +217,9 @@ class Job:
         while True:
             self._tell(self.plan)
             try:
-                return self._epochs.form(self.plan, self.members)
+                pipeline = self._epochs.form(self.plan, self.members)
+                self.crew.let_go(self.plan)
+                return pipeline
             except Verdict as verdict:
                 if since is None and isinstance(verdict, CannotLoad):
                     raise
@@ -223,13 +235,10 @@ class Job:
         deadline = since + self.options.cluster.recovery_deadline_s
         if time.monotonic() >= deadline:
             raise verdict
-        logger.warning("%s", verdict)
-        self.verdicts.append(str(verdict))
-        assert self._cluster is not None, "one rank alone loses nobody"
-        self._bury(self._cluster, verdict)
+        self.crew.bury(verdict)
         waits = False
         while True:
-            self._cluster.admit(ring=())
+            self.crew.admit(ring=())
             try:
                 self.members, self.plan = self._replanned()
                 return
@@ -248,49 +257,15 @@ class Job:
         Raises:
             ValueError: the model does not fit, or not as it is cut on disk.
         """
-        everybody = _members(self._cluster, self.options, self._speeds)
-        trusted = self._candidates()
+        everybody, trusted = self.crew.everybody(), self.crew.trusted(self.plan)
+        held = self._epochs.held(everybody)
+        most = len(self.plan.stages) if self.options.cluster.spares else None
         try:
-            plan = replanned(self.plan, trusted, self.sizes, self.wish)
+            plan = replanned(self.plan, trusted, self.sizes, self.wish, held, most)
         except ValueError:
-            trusted, plan = everybody, replanned(self.plan, everybody, self.sizes, self.wish)
+            trusted, plan = everybody, replanned(self.plan, everybody, self.sizes, self.wish, held)
         check_stored(plan, self.blueprint.checkpoint)
         return trusted, plan
-
-    def _bury(self, cluster: Cluster, verdict: Verdict) -> None:
-        now = time.monotonic()
-        for rank in verdict.lost:
-            member = cluster.members[rank]
-            self._losses.add(_place(member), now)
-            if (out_s := self._losses.out_until(_place(member), now) - now) > 0:
-                count = self._losses.count(_place(member), now)
-                logger.warning("%s is the %dth loss at its place; it gets no part for %.0f s", member, count, out_s)
-                timer = threading.Timer(out_s, lambda: self._notify())
-                timer.daemon = True
-                timer.start()
-        cluster.bury(verdict.lost)
-
-    def _candidates(self) -> list[Member]:
-        """Those that may hold a part: not ranks that were lost again and again, unless they have one now."""
-        now = time.monotonic()
-        return [
-            member
-            for member in _members(self._cluster, self.options, self._speeds)
-            if self.plan.stage_of(member.rank) or self._losses.out_until(_place(member), now) <= now
-        ]
-
-    def _is_stored(self, plan: Plan) -> bool:
-        try:
-            check_stored(plan, self.blueprint.checkpoint)
-        except ValueError:
-            return False
-        return True
-
-    def _tell_spares(self) -> None:
-        for member in self.members:
-            if self.plan.stage_of(member.rank) is None and member.life not in self._told_spares:
-                self._told_spares.add(member.life)
-                logger.info("%s holds nothing for now: no plan with it is faster by plan.min_gain", member)
 
     @property
     def _calibrates(self) -> bool:
@@ -298,7 +273,7 @@ class Job:
         wanted = self.options.plan.strategy == "balanced" and self.options.plan.calibrate
         if self._cluster is None or not wanted or self.blueprint.checkpoint.manifest is not None:
             return False
-        return any(member.life not in self._speeds for member in self.members if self.plan.stage_of(member.rank))
+        return not self.crew.is_measured([member for member in self.members if self.plan.stage_of(member.rank)])
 
     def _better(self, pipeline: Pipeline) -> Plan | None:
         """A better plan, if the stages' measured times say so."""
@@ -316,14 +291,16 @@ class Job:
             head_seconds=timing.head_seconds,
         )
         self.sizes, self.members = sizes, members
-        self._speeds = {**self._speeds, **{member.life: member.speed for member in members}}
-        return rebalanced(self.plan, members, sizes, self.wish, min_gain=self.options.plan.min_gain)
+        self.crew.learn(members)
+        may = [member for member in members if self.plan.stage_of(member.rank) or not self.options.cluster.spares]
+        return rebalanced(self.plan, may, sizes, self.wish, min_gain=self.options.plan.min_gain)
 
     def _tell(self, plan: Plan) -> None:
         for member in self.members:
             stage = plan.stage_of(member.rank)
             if stage is None:
                 why = why_idle(self.wish.strategy, self.sizes.layers, len(self.members))
+                why = "it is a spare" if self.options.cluster.spares else why
                 logger.info("%s holds nothing: %s", member, why)
             else:
                 logger.info("%s holds %s, %s", member, stage.span, human_bytes(stage.weight_bytes))
@@ -338,25 +315,6 @@ class Job:
         pages.give_back_memory()
         if self._cluster is not None:
             self._cluster.forget()
-
-
-def _place(member: Member) -> tuple[str, int]:
-    """What a process that comes back shares with the one before."""
-    return member.boot_id, member.rank
-
-
-def _members(cluster: Cluster | None, options: Options, speeds: Mapping[str, float]) -> list[Member]:
-    """Those that are there now; `speeds` are the measured ones, by process life."""
-    fraction, quantization = options.plan.memory_fraction, options.quantization
-    if cluster is None:
-        me = host.describe(0)
-        members = [replace(me, memory_bytes=int(me.memory_bytes * fraction))]
-    else:
-        members = cluster.shared_out(fraction)
-    return [
-        replace(member, quantizes=quantization.on(member.rank), speed=speeds.get(member.life, member.speed))
-        for member in members
-    ]
 
 
 def _check_ranks(options: Options, ranks: int) -> None:

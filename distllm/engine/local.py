@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from distllm.net.store import Rendezvous
 
@@ -22,12 +23,17 @@ POLL_S = 0.2
 class LocalRanks:
     """Child processes, one a rank from 1 on. Each ends by itself when the pipe from its parent closes.
 
+    Attributes:
+        program: the words for Python that start one.
+
     Args:
         restarts: how often each is started again when it is lost.
     """
 
+    program: Sequence[str] = ("-m", "distllm.engine")
+
     def __init__(self, rendezvous: Rendezvous, *, join_timeout_s: float, deadline_s: float, restarts: int) -> None:
-        command = [sys.executable, "-m", "distllm.engine"]
+        command = [sys.executable, *self.program]
         command += [f"--world-size={rendezvous.world_size}", f"--host={rendezvous.host}", f"--port={rendezvous.port}"]
         command += [f"--job={rendezvous.job}", f"--join-timeout-s={join_timeout_s}", f"--deadline-s={deadline_s}"]
         command += [f"--log-level={logging.getLevelName(logger.getEffectiveLevel())}"]

@@ -34,7 +34,7 @@ class Rings(Protocol):
     """Who makes the rings that the master runs; see `Job`."""
 
     def on_news(self, notify: Callable[[], None]) -> None: ...
-    def grow(self) -> Plan | None: ...
+    def next_plan(self) -> Plan | None: ...
     def change(self, plan: Plan, pipeline: Pipeline) -> Pipeline: ...
     def recover(self, broken: Exception, pipeline: Pipeline, since: float) -> Pipeline: ...
 
@@ -48,7 +48,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Ranks have come, or are ready for a new plan."""
+    """Ranks have come, want to go, or are ready for a new plan."""
 
 
 class Master:
@@ -183,7 +183,7 @@ class Master:
             self._accept()
             if self._news and not self._closing:
                 self._news = False
-                self._next_plan = self._rings.grow()
+                self._next_plan = self._rings.next_plan()
                 while self._next_plan and self.pipeline.in_flight:
                     self._collect()
             if self._closing or self._next_plan:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from distllm.core import Step
+from distllm.engine import inquest
 from distllm.engine.cluster import Cluster, Verdict
 from distllm.engine.loading import Loaded
 from distllm.engine.worker import Outbox
@@ -116,7 +117,7 @@ class Pipeline:
     def verdict(self, broken: Exception) -> Verdict:
         """Who broke the ring."""
         assert self._cluster is not None, "one rank alone has no ring to break"
-        return self._cluster.verdict(broken, self._ring, self._last_step)
+        return inquest.verdict(self._cluster, broken, self._ring, self._last_step)
 
     def free(self) -> None:
         """Forgets what rank 0 ran the epoch with, after it has ended."""

@@ -31,6 +31,8 @@ REGISTER_TIMEOUT_S = 30.0
 # A launcher that ends a job signals all ranks at once. Those that are well stay this long, so that the master can still
 # ask who was not.
 LINGER_S = 4.0
+# One that is told to end while the job goes on waits so long until others have its part; launchers kill after 30.
+LEAVE_S = 25.0
 # A master that ends its job tells the ranks and is gone: what it said may still be on its way through this process.
 LAST_WORD_S = 0.5
 
@@ -44,11 +46,12 @@ class Watch:
         self._deadline_s = deadline_s
         self._parent = os.getppid()
         self._terminated_at: float | None = None
+        self._may_stay_s: float | None = None
         self.done = threading.Event()
         self.code = 1
 
     def listen(self) -> None:
-        """Takes the signals: Ctrl-C is the master's to answer, SIGTERM gives it a moment to."""
+        """Takes the signals: Ctrl-C is the master's to answer; SIGTERM asks it to let this rank go."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._on_terminate)
 
@@ -60,7 +63,7 @@ class Watch:
         next_pulse = time.monotonic() + MASTER_PULSE_S
         while not self.done.wait(WATCH_INTERVAL_S):
             now = time.monotonic()
-            if self._terminated_at is not None and now - self._terminated_at > LINGER_S:
+            if self._terminated_at is not None and now - self._terminated_at > self._stays_s():
                 return 1
             if os.getppid() != self._parent:
                 logger.warning("%s: its launcher is gone; ending", self._member)
@@ -72,6 +75,16 @@ class Watch:
                     logger.warning("%s ends: %s", self._member, gone)
                     return 1
         return self.code
+
+    def _stays_s(self) -> float:
+        """How long after SIGTERM: until others have its part, if the master sees to that."""
+        if self._may_stay_s is None:
+            try:
+                goes_on = call_by_name(self._master, "master", "leave", self._member.life, timeout_s=MASTER_PULSE_S)
+            except PeerLost:
+                goes_on = False
+            self._may_stay_s = LEAVE_S if goes_on else LINGER_S
+        return self._may_stay_s
 
     def _master_is_gone(self) -> str | None:
         """Why this rank has no master any more; None while it has."""

@@ -28,6 +28,9 @@ class Registrar:
 
     A process may register for a rank whose process before has ended: it is there from then on, and the one before is
     not known any more.
+
+    Attributes:
+        lets_go: whether ranks may leave before the job ends.
     """
 
     def __init__(self, me: Member) -> None:
@@ -35,11 +38,17 @@ class Registrar:
         self._lock = threading.Lock()
         self._taken: dict[int, Registered] = {}
         self._refused: str | None = None
+        self._leaving: frozenset[str] = frozenset()
+        self.lets_go = True
         self._notify: Callable[[], None] = lambda: None
 
-    def on_arrival(self, notify: Callable[[], None]) -> None:
-        """Calls this from now on when somebody has registered, from any thread."""
+    def on_news(self, notify: Callable[[], None]) -> None:
+        """Calls this from now on when somebody has registered or wants to go, from any thread."""
         self._notify = notify
+
+    def news(self) -> None:
+        """Something has happened to those that are here."""
+        self._notify()
 
     def register(self, registration: Registration) -> str | None:
         """Returns the reason if the rank is refused."""
@@ -70,6 +79,18 @@ class Registrar:
         if name is None:
             return None
         return f"it has {name} {theirs.get(name)}, the master {mine[name]}; install the same version on both"
+
+    def leave(self, life: str) -> bool:
+        """A process wants to go; True if it should wait until it is told to."""
+        if not self.lets_go or not self.knows(life):
+            return False
+        self._leaving |= {life}
+        self._notify()
+        return True
+
+    def leaving(self) -> frozenset[str]:
+        """Lives of those that want to go."""
+        return self._leaving
 
     def forget(self, life: str) -> None:
         """A process is gone; another one may register in its place."""

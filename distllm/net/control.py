@@ -117,7 +117,7 @@ class Agent:
         with reached():
             strays = [each for each in self._listed() if each not in known and each != self.identity]
             for each in strays:
-                if each in suspects and not answers(each.name):
+                if each in suspects and is_dead(each.name):
                     self.bury([each])
         return strays
 
@@ -285,12 +285,13 @@ def call_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float
     return ask_by_name(name, key, verb, *args, timeout_s=timeout_s).wait()
 
 
-def answers(name: str) -> bool:
-    """Whether there is a process behind a name: one that is only slow counts."""
+def is_dead(name: str) -> bool:
+    """Whether there is no process behind a name; one that is slow, or has not yet said who it is, counts as alive."""
     try:
-        return bool(rpc.rpc_async(name, os.getpid, timeout=ANSWER_TIMEOUT_S).wait())
+        rpc.rpc_async(name, os.getpid, timeout=ANSWER_TIMEOUT_S).wait()
     except RuntimeError as error:
-        return _lost(name, error).timed_out
+        return "unknown" not in str(error).lower() and not _lost(name, error).timed_out
+    return False
 
 
 def _lost(name: str, error: RuntimeError) -> PeerLost:

@@ -52,8 +52,7 @@ class Node:
         Raises:
             ConnectionError: the store is gone.
         """
-        with store.reached():
-            self.store.set(store.MASTER, self.identity.name)
+        store.announce(self.rendezvous, self.store, self.identity.name, self.interface)
 
     def find_master(self, timeout_s: float) -> str:
         """The name of rank 0's agent.

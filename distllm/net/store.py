@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -19,6 +20,9 @@ from distllm.net.address import Interface
 logger = logging.getLogger(__name__)
 
 MASTER = "master"
+INTERFACE = "interface"
+# What a process that was not started with the job needs to know of it.
+NOTICE = "distllm/notice"
 GIVEN_UP = "given up"
 # What torchrun's agents wait for at the end, in the store that they share with us.
 LAST_AGENT = "torchelastic/agent/terminal_state/last_member"
@@ -90,28 +94,65 @@ def connect(rendezvous: Rendezvous, timeout_s: float) -> Store:
     Raises:
         ValueError: nobody answers there within the time.
     """
+    return PrefixStore(f"distllm/{rendezvous.job}", _client(rendezvous.host, rendezvous.port, timeout_s))
+
+
+def _client(host: str, port: int, timeout_s: float) -> TCPStore:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             # Knocking first: torch would print its stack for every try at a port that nobody has opened yet.
-            socket.create_connection((rendezvous.host, rendezvous.port), min(PROBE_TIMEOUT_S, timeout_s)).close()
+            socket.create_connection((host, port), min(PROBE_TIMEOUT_S, timeout_s)).close()
             client = TCPStore(
-                rendezvous.host,
-                rendezvous.port,
+                host,
+                port,
                 is_master=False,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=min(CONNECT_SLICE_S, timeout_s)),
             )
         except (RuntimeError, OSError) as error:
             if time.monotonic() > deadline:
-                where = f"{rendezvous.host}:{rendezvous.port}"
                 raise ValueError(
-                    f"no store answers at {where} within {timeout_s:g} s; is the first node up?"
+                    f"no store answers at {host}:{port} within {timeout_s:g} s; is the first node up?"
                 ) from error
             time.sleep(POLL_S)
             continue
         client.set_timeout(timedelta(seconds=timeout_s))
-        return PrefixStore(f"distllm/{rendezvous.job}", client)
+        return client
+
+
+def announce(rendezvous: Rendezvous, store: Store, name: str, interface: Interface) -> None:
+    """Says who the master is, to those that were started with the job and to those that come later.
+
+    Raises:
+        ConnectionError: the store is gone.
+    """
+    client = _client(rendezvous.host, rendezvous.port, CONNECT_SLICE_S)
+    with reached():
+        store.set(INTERFACE, interface.address)
+        store.set(MASTER, name)
+        client.set(NOTICE, json.dumps({"job": rendezvous.job, "world_size": rendezvous.world_size}))
+
+
+def newcomer(address: str, timeout_s: float) -> Rendezvous:
+    """A new rank's way into a job that runs.
+
+    Args:
+        address: HOST:PORT of the job's store, that is what its ranks were given as the master's address and port.
+
+    Raises:
+        ValueError: this is no address, or no job runs there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"cluster.join={address}: give HOST:PORT, the master's address and port of the job")
+    client = _client(host.strip("[]"), int(port), timeout_s)
+    with reached():
+        if not client.check([NOTICE]):
+            raise ValueError(f"cluster.join={address}: no job of distllm has come up there; does rank 0 run?")
+        told = json.loads(client.get(NOTICE))
+        rank = told["world_size"] - 1 + client.add(f"{NOTICE}/{told['job']}/newcomers", 1)
+    return Rendezvous(rank=rank, world_size=told["world_size"], host=host.strip("[]"), port=int(port), job=told["job"])
 
 
 @contextmanager
@@ -152,11 +193,19 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
     """Loopback if all ranks are on one host, else the wished interface or the one that routes to the master.
 
     Raises:
-        ValueError: a rank did not say in time where it is, or the interface does not exist.
+        ValueError: a rank did not say in time where it is, the interface does not exist, or the job runs on another
+            host and listens on its loopback only.
         ConnectionError: the store is gone, or rank 0 gave up.
     """
     with reached():
         store.set(f"host/{rendezvous.rank}", address.network_id())
+        if store.check([INTERFACE]) and store.get(INTERFACE).decode() == address.LOOPBACK:
+            if store.get("host/0").decode() == address.network_id():
+                return address.loopback()
+            raise ValueError(
+                "all ranks of the job are on one host and listen on its loopback only; for ranks of other hosts to "
+                "join later, start it with cluster.interface=NAME"
+            )
     if wish is not None:
         return address.named(wish)
     keys = [f"host/{rank}" for rank in range(rendezvous.world_size)]

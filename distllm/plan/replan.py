@@ -6,7 +6,7 @@ little, the one with the fastest slowest stage is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import inf
 
@@ -16,43 +16,68 @@ from distllm.plan.partition import Chain, PlanWish, nothing_fits, plan_of
 Way = tuple[float, float, tuple[int, ...]]
 """Bytes to load, time of the slowest stage, and the cuts that lead there."""
 
+Held = Mapping[int, Span]
+"""What ranks hold, whether they have a part in the plan or not."""
+
 NO_WAY: Way = (inf, inf, ())
 
 
-def replanned(plan: Plan, members: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> Plan:
+def replanned(
+    plan: Plan,
+    members: Sequence[Member],
+    sizes: ModelSizes,
+    wish: PlanWish,
+    held: Held | None = None,
+    most: int | None = None,
+) -> Plan:
     """Who holds what when members of a plan are gone.
 
-    Those that held nothing take the places of those that are gone, or stand at the end.
+    Those that had no part take the places of those that are gone, or stand at the end.
 
     Args:
         members: those that are there, rank 0 among them.
+        held: what they hold, ranks without a part too; by default what the plan says.
+        most: of them may have a part.
 
     Raises:
         ValueError: the model does not fit on them; names ranks and numbers.
     """
-    ranks = ring_order(plan, members)
-    cuts = fewest_moves(plan, ranks, sizes, wish)
+    held = held_by(plan) if held is None else held
+    ranks = ring_order(plan, members, sizes, held)[:most]
+    cuts = fewest_moves(held, ranks, sizes, wish)
     if cuts is None:
         raise ValueError(nothing_fits(ranks, sizes, wish))
     return plan_of(ranks, sizes, wish, Chain(ranks, sizes, wish).spans(cuts))
 
 
-def ring_order(plan: Plan, members: Sequence[Member]) -> list[Member]:
-    """Members in the order of a new ring: those of the plan as they were, idle ones where others are missing."""
+def held_by(plan: Plan) -> Held:
+    """What the ranks of a plan hold."""
+    return {stage.rank: stage.span for stage in plan.stages}
+
+
+def ring_order(
+    plan: Plan, members: Sequence[Member], sizes: ModelSizes | None = None, held: Held | None = None
+) -> list[Member]:
+    """Members in the order of a new ring: those of the plan as they were, others where one is missing.
+
+    Args:
+        sizes, held: with these, in the place of a missing one stands who has to load least for its part.
+    """
     there = {member.rank: member for member in members}
     assert 0 in there, "rank 0 holds the embeddings"
-    held = [stage.rank for stage in plan.stages]
-    idle = sorted(there.keys() - set(held))
+    idle = sorted(there.keys() - {stage.rank for stage in plan.stages})
     order: list[Member] = []
-    for rank in held:
-        if rank in there:
-            order.append(there[rank])
+    for stage in plan.stages:
+        if stage.rank in there:
+            order.append(there[stage.rank])
         elif idle:
-            order.append(there[idle.pop(0)])
+            best = min(idle, key=lambda rank: loaded_bytes(sizes, held.get(rank), stage.span) if sizes and held else 0)
+            idle.remove(best)
+            order.append(there[best])
     return order + [there[rank] for rank in idle]
 
 
-def fewest_moves(plan: Plan, ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> tuple[int, ...] | None:
+def fewest_moves(held: Held, ranks: Sequence[Member], sizes: ModelSizes, wish: PlanWish) -> tuple[int, ...] | None:
     """The cuts of the ring that load least; None if nothing fits.
 
     By dynamic programming over ranks and cuts: exact, since more bytes before a cut never lead to fewer in all, nor at
@@ -61,7 +86,7 @@ def fewest_moves(plan: Plan, ranks: Sequence[Member], sizes: ModelSizes, wish: P
     chain = Chain(ranks, sizes, wish)
     ways: list[Way] = [(0.0, 0.0, ()), *[NO_WAY] * chain.items]
     for place, member in enumerate(ranks):
-        missing = _missing(plan, member, sizes.on(member))
+        missing = _missing(held.get(member.rank, Span(0, 0)), sizes.on(member))
         ways = [
             min(_ways_to(stop, place, ways, chain, missing), key=lambda way: way[:2], default=NO_WAY)
             for stop in range(chain.items + 1)
@@ -84,10 +109,8 @@ def _ways_to(stop: int, place: int, ways: Sequence[Way], chain: Chain, missing: 
             )
 
 
-def _missing(plan: Plan, member: Member, sizes: ModelSizes) -> list[int]:
+def _missing(held: Span, sizes: ModelSizes) -> list[int]:
     """Running sums of the bytes of items that a member would have to load."""
-    stage = plan.stage_of(member.rank)
-    held = stage.span if stage else Span(0, 0)
     layers = (0 if held.start <= layer < held.stop else size for layer, size in enumerate(sizes.layer_bytes))
     head = 0 if held.head else sizes.head_bytes - sizes.tied_bytes * held.embed
     return list(accumulate((*layers, head), initial=0))

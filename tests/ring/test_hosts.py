@@ -17,6 +17,8 @@ import pytest
 from conftest import Job
 from sockets import listening
 
+from distllm import LLM, SamplingParams
+
 DEADLINE_S = 3
 END_S = 10.0
 PORT = 29400
@@ -110,3 +112,28 @@ def test_two_hosts_listen_on_their_link_only_and_end_when_it_goes_down(
     assert re.search(r"rank 1 \(host \S+, pid \d+\) is lost: it does not answer; the last step", sentence), sentence
     psutil.wait_procs(list(job.seen.values()), timeout=END_S)
     assert not job.alive()
+
+
+def test_a_host_that_is_cut_off_and_comes_back_costs_nothing(start: Start, hosts: Hosts, model: Path) -> None:
+    asked = SamplingParams(max_tokens=3500, ignore_eos=True)
+    with LLM(model, dtype="float32") as llm:
+        answer = llm.generate("hello", asked)[0].text
+    words = ["model.dtype=float32", "sampling.max_tokens=3500", "sampling.ignore_eos=true", "engine.kv_tokens=4096"]
+    commands = job_on(hosts, model, *words, "plan.calibrate=false", "prompt=hello")
+    for command in commands:
+        command.insert(command.index("--nnodes=2"), "--max-restarts=5")
+    job = start(commands)
+    job.wait_for_text()
+    cut_off = job.ranks()[1]
+    hosts.run(0, "ip", "link", "set", "wire", "down")
+    with pytest.raises(subprocess.CalledProcessError):
+        hosts.run(1, "sh", "-c", "grep -q 1 /sys/class/net/wire/carrier")
+    job.wait_for_error("going on with 1 request")
+    hosts.run(0, "ip", "link", "set", "wire", "up")
+    job.wait_for_error(" has come")
+    assert job.wait(120) == [0, 0], job.err.read_text()
+    assert job.out.read_text() == f"{answer}\n"
+    said = job.err.read_text()
+    assert re.search(r"rank 1 \(host \S+, pid \d+\) is lost: it does not answer", said), said
+    assert len(re.findall(r"rank 1 \(host \S+, pid \d+\) holds layers", said)) == 2, "it has a part again"
+    assert not cut_off.is_running()

@@ -1,0 +1,415 @@
+"""Faults by the hundred, by a seed that repeats them, and what each cost: `python tests/chaos.py --faults 300`.
+
+One engine of several ranks runs requests all the time, greedy and seeded ones in turn. Fault after fault strikes one of
+its ranks, which is started again and joins. Each fault proves that it happened, every request must end once with the
+tokens of a run in which nothing failed, and the table tells how soon each kind of fault was noticed and overcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import tiny_checkpoint
+from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, strike, workers
+
+from distllm import LLM, SamplingParams
+from distllm.config import ClusterConfig, EngineConfig, PlanConfig
+from distllm.engine import local
+from distllm.plan import membership
+
+RANKS = 4
+WAIT_S = 90.0
+FAULTY = Path(__file__).parent / "faulty.py"
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGSEGV": signal.SIGSEGV}
+INSIDE = {"exception": "raise", "_exit": "exit"}
+TARGETS = {"second": 1, "middle": 2, "last": RANKS - 1}
+PHASES = ("idle", "prompt", "decode", "recovery", "forming", "loading", "joining", "arriving")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to which stage of the ring, and when."""
+
+    kind: str
+    phase: str
+    target: str
+
+    @property
+    def place(self) -> str:
+        return {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load", "joining": "load"}[
+            self.phase
+        ]
+
+
+@dataclass
+class Toll:
+    """What faults of one kind, phase and target have cost so far."""
+
+    faults: int = 0
+    lost: int = 0
+    different: int = 0
+    noticed_s: list[float] = field(default_factory=list)
+    next_token_s: list[float] = field(default_factory=list)
+
+
+def matrix() -> list[Fault]:
+    """Every fault that makes sense."""
+    kinds = [*SIGNALS, "SIGSTOP, woken", *INSIDE]
+    faults = [Fault(*each) for each in itertools.product(kinds, PHASES, TARGETS)]
+    return [fault for fault in faults if fault.kind not in INSIDE or fault.phase in ("prompt", "decode", "forming")]
+
+
+class Verdicts(logging.Handler):
+    """When the master said what."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[tuple[float, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append((time.monotonic(), record.getMessage()))
+
+    def first_after(self, when: float, *words: str) -> float | None:
+        return next((at for at, text in list(self.said) if at >= when and any(word in text for word in words)), None)
+
+
+class Requests:
+    """Batches of requests, one after the other, for as long as they are wanted; when tokens came is noted."""
+
+    def __init__(self, llm: LLM, wanted: dict[SamplingParams, list[tuple[int, ...]]]) -> None:
+        self._llm = llm
+        self._wanted = wanted
+        self._over = threading.Event()
+        self._pause = threading.Event()
+        self.paused = threading.Event()
+        self.came: list[float] = []
+        self.ended = self.lost = self.different = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for params in itertools.cycle((GREEDY, SEEDED)):
+            while self._pause.is_set() and not self._over.is_set():
+                self.paused.set()
+                time.sleep(0.01)
+            self.paused.clear()
+            if self._over.is_set():
+                return
+            self._batch(params)
+
+    def _batch(self, params: SamplingParams) -> None:
+        prompts = [*PROMPTS, LONG]
+        streams = [self._stream(prompt, params, index) for index, prompt in enumerate(prompts)]
+        for stream in streams:
+            stream.start()
+        for stream in streams:
+            stream.join()
+
+    def _stream(self, prompt: str, params: SamplingParams, index: int) -> threading.Thread:
+        def follow() -> None:
+            tokens: list[int] = []
+            try:
+                for piece in self._llm.stream(prompt, params):
+                    tokens += piece.token_ids
+                    self.came.append(time.monotonic())
+            except Exception as error:  # noqa: BLE001 - whatever ends a request early loses it
+                logging.getLogger("chaos").error("lost: %s", error)
+                self.lost += 1
+                return
+            self.ended += 1
+            self.different += tuple(tokens) != self._wanted[params][index]
+
+        return threading.Thread(target=follow, daemon=True)
+
+    def pause(self) -> None:
+        self._pause.set()
+        assert self.paused.wait(WAIT_S), "requests hang"
+
+    def go_on(self) -> None:
+        self._pause.clear()
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), "requests hang"
+
+    def wait_for(self, more: int) -> None:
+        goal = len(self.came) + more
+        wait_until(lambda: len(self.came) >= goal, "no token came")
+
+    def first_after(self, when: float) -> float | None:
+        return next((at for at in self.came if at >= when), None)
+
+
+def wait_until(seen: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not seen():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.002)
+
+
+class Chaos:
+    """One engine, and the faults that it lives through."""
+
+    def __init__(self, llm: LLM, requests: Requests, verdicts: Verdicts, folder: Path, chance: random.Random) -> None:
+        self._llm = llm
+        self._requests = requests
+        self.verdicts = verdicts
+        self._folder = folder
+        self._chance = chance
+        self.tolls: dict[Fault, Toll] = {}
+
+    def whole(self) -> bool:
+        return len(self._llm.plan.stages) == RANKS
+
+    def strike(self, fault: Fault) -> None:
+        """One fault, and what it cost, until the ring is whole again."""
+        wait_until(self.whole, f"the ring is not whole before {fault}")
+        lost, different = self._requests.lost, self._requests.different
+        if fault.phase == "idle":
+            self._requests.pause()
+        else:
+            self._requests.go_on()
+            self._requests.wait_for(self._chance.choice([0, 1, 5, 50]))
+        began = self._happens(fault)
+        if fault.phase == "idle":
+            self._requests.go_on()
+        toll = self.tolls.setdefault(fault, Toll())
+        toll.faults += 1
+        if fault.kind == "SIGSTOP, woken" or fault.phase in ("arriving",):
+            self._requests.wait_for(50)
+        else:
+            self._measure(toll, began)
+        wait_until(self.whole, f"the ring is not whole after {fault}")
+        toll.lost += self._requests.lost - lost
+        toll.different += self._requests.different - different
+
+    def soak(self, minutes: float, every_s: float) -> list[float]:
+        """A random fault every few seconds, whether the ring is whole again or not; returns when they were."""
+        end = time.monotonic() + 60 * minutes
+        struck: list[float] = []
+        while time.monotonic() < end:
+            time.sleep(every_s)
+            ring = [stage.rank for stage in self._llm.plan.stages if stage.rank in workers()]
+            others = [rank for rank in ring if rank != 0]
+            if others:
+                kind = self._chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP", "SIGSTOP, woken"])
+                struck.append(self._signal(self._chance.choice(others), kind))
+        return struck
+
+    def _measure(self, toll: Toll, began: float) -> None:
+        words = ("is lost", "hangs in", "failed in", "stands still", "has ended")
+        wait_until(lambda: self.verdicts.first_after(began, *words), "the fault was not noticed")
+        noticed = self.verdicts.first_after(began, *words)
+        assert noticed is not None
+        wait_until(lambda: self._requests.first_after(noticed), "no token came after the fault")
+        came = self._requests.first_after(noticed)
+        assert came is not None
+        toll.noticed_s.append(noticed - began)
+        toll.next_token_s.append(came - began)
+
+    def _happens(self, fault: Fault) -> float:
+        """Makes it happen, and proves it; returns when it did."""
+        ring = [stage.rank for stage in self._llm.plan.stages]
+        victim = ring[TARGETS[fault.target]]
+        other = next(rank for rank in ring[1:] if rank != victim)
+        if fault.phase in ("idle", "prompt", "decode") and fault.kind not in INSIDE:
+            return self._signal(victim, fault.kind)
+        if fault.phase in ("prompt", "decode"):
+            return self._inside(victim, fault.place, INSIDE[fault.kind])
+        # All others need a first loss: the victim fails while the ring is mended, or when the lost one comes back.
+        first = time.monotonic()
+        if fault.phase == "recovery":
+            strike(workers()[other], signal.SIGKILL)
+            wait_until(lambda: self.verdicts.first_after(first, "is lost"), "the first fault was not noticed")
+            return self._signal(victim, fault.kind)
+        place = {"forming": "join", "loading": "load", "joining": "load", "arriving": "arrive"}[fault.phase]
+        kind = {"SIGKILL": "kill", "SIGSEGV": "segfault", **INSIDE}.get(fault.kind, "hang")
+        if fault.phase in ("forming", "loading"):
+            order = self._order(victim, place, kind)
+            strike(workers()[other], signal.SIGKILL)
+        else:
+            strike(workers()[victim], signal.SIGKILL)
+            wait_until(lambda: self.verdicts.first_after(first, "is started again"), "it was not started again")
+            order = self._order(victim, place, kind)
+        wait_until(lambda: order.with_suffix(".happened").exists(), f"{fault} did not happen")
+        return time.monotonic()
+
+    def _order(self, rank: int, place: str, kind: str) -> Path:
+        order = self._folder / f"{rank}-{place}"
+        order.with_suffix(".happened").unlink(missing_ok=True)
+        order.write_text(kind)
+        return order
+
+    def _inside(self, rank: int, place: str, kind: str) -> float:
+        order = self._order(rank, place, kind)
+        wait_until(lambda: order.with_suffix(".happened").exists(), f"{order.name} did not happen")
+        return time.monotonic()
+
+    def _signal(self, rank: int, kind: str) -> float:
+        process = workers()[rank]
+        began = time.monotonic()
+        if kind == "SIGSTOP, woken":
+            strike(process, signal.SIGSTOP)
+            time.sleep(DEADLINE_S / 2 * self._chance.random())
+            process.send_signal(signal.SIGCONT)
+            wait_until(lambda: process.status() != psutil.STATUS_STOPPED, "it does not wake up")
+        elif kind == "SIGSEGV":
+            process.send_signal(signal.SIGSEGV)
+            wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "it lives")
+        else:
+            strike(process, SIGNALS[kind])
+        return began
+
+
+class Gauge:
+    """Memory of the processes and tokens that came, once a second."""
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._over = threading.Event()
+        self.began = time.monotonic()
+        self.samples: list[tuple[float, int, dict[int, int]]] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        me = psutil.Process()
+        while not self._over.wait(1.0):
+            held = {me.pid: me.memory_info().rss}
+            for process in workers().values():
+                with suppress(psutil.Error):
+                    held[process.pid] = process.memory_info().rss
+            self.samples.append((time.monotonic() - self.began, len(self._requests.came), held))
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def plot(self, file: str, faults: Sequence[float]) -> None:
+        """Tokens a second over time, with the faults, and the memory of each process."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 7))
+        above, below = figure.subplots(2, sharex=True)
+        seconds = [(first[0], second[1] - first[1]) for first, second in itertools.pairwise(self.samples)]
+        above.plot(*zip(*seconds, strict=True), linewidth=0.8)
+        above.set_ylabel("tokens/s")
+        for fault in faults:
+            above.axvline(fault - self.began, color="red", linewidth=0.3)
+        for pid in {pid for _, _, held in self.samples for pid in held}:
+            line = [(at, held[pid] / 10**6) for at, _, held in self.samples if pid in held]
+            below.plot(*zip(*line, strict=True), linewidth=1.5 if pid == psutil.Process().pid else 0.7)
+        below.set_ylabel("memory of each process, MB (rank 0 thick)")
+        below.set_xlabel("seconds; a red line is a fault")
+        figure.savefig(file, dpi=120)
+
+    def growth(self) -> float:
+        """MB that rank 0 gained from the end of the first tenth of the time to the end."""
+        mine = [held[psutil.Process().pid] for _, _, held in self.samples]
+        return (statistics.median(mine[-10:]) - statistics.median(mine[len(mine) // 10 :][:10])) / 10**6
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def table(tolls: dict[Fault, Toll]) -> Iterator[str]:
+    times = "noticed, s | next token, s (median, 99 %)"
+    yield f"| fault | phase | target | runs | requests lost | tokens different | {times} |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for fault, toll in sorted(tolls.items(), key=lambda item: (item[0].kind, item[0].phase, item[0].target)):
+        noticed = f"{statistics.median(toll.noticed_s):.2f}" if toll.noticed_s else ""
+        after = toll.next_token_s
+        came = f"{statistics.median(after):.2f}, {percentile(after, 0.99):.2f}" if after else ""
+        counts = f"{toll.faults} | {toll.lost} | {toll.different}"
+        yield f"| {fault.kind} | {fault.phase} | {fault.target} | {counts} | {noticed} | {came} |"
+
+
+def run(given: argparse.Namespace, folder: Path) -> int:
+    verdicts = Verdicts()
+    logger = logging.getLogger("distllm")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(verdicts)
+    logger.propagate = False
+    membership.FIRST_S = 0.0  # a fault every few seconds is what is wanted here
+    model = tiny_checkpoint(folder / "model", "llama", max_position_embeddings=4096)
+    wanted: dict[SamplingParams, list[tuple[int, ...]]] = {}
+    with LLM(model, dtype="float32") as llm:
+        for params in (GREEDY, SEEDED):
+            wanted[params] = [output.token_ids for output in llm.generate([*PROMPTS, LONG], params)]
+    local.LocalRanks.program = (str(FAULTY), str(folder))
+    cluster = ClusterConfig(workers=RANKS, threads=1, deadline_s=DEADLINE_S, load_timeout_s=DEADLINE_S, restarts=10**6)
+    engine = EngineConfig(kv_tokens=8192, prompt_chunk=32)
+    with LLM(model, dtype="float32", cluster=cluster, engine=engine, plan=PlanConfig(calibrate=False)) as llm:
+        requests = Requests(llm, wanted)
+        chaos = Chaos(llm, requests, verdicts, folder, random.Random(given.seed))
+        if given.minutes:
+            gauge = Gauge(requests)
+            struck = chaos.soak(given.minutes, given.every)
+            gauge.end()
+            if given.plot:
+                gauge.plot(given.plot, struck)
+            faults = len(struck)
+            print(f"{given.minutes:g} minutes; rank 0 has grown by {gauge.growth():.0f} MB")
+        else:
+            faults = every_fault(chaos, given)
+        requests.end()
+    print("\n".join(table(chaos.tolls)))
+    print(f"\n{faults} faults, {requests.ended} requests ended, {requests.lost} lost, {requests.different} different")
+    return int(requests.lost + requests.different > 0)
+
+
+def every_fault(chaos: Chaos, given: argparse.Namespace) -> int:
+    """As many as are wanted of each in turn, in an order by chance."""
+    chance = random.Random(given.seed)
+    faults = [each for each in matrix() if given.only in f"{each.kind} {each.phase} {each.target}"]
+    schedule: list[Fault] = []
+    while len(schedule) < given.faults:
+        schedule += chance.sample(faults, len(faults))
+    for number, fault in enumerate(schedule[: given.faults]):
+        print(f"{number} {fault.kind}, {fault.phase}, {fault.target}", file=sys.stderr, flush=True)
+        try:
+            chaos.strike(fault)
+        except AssertionError as error:
+            for at, text in chaos.verdicts.said[-30:]:
+                print(f"  {at:.2f} {text}", file=sys.stderr)
+            raise SystemExit(f"{fault}: {error}") from error
+    return given.faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="faults whose kind, phase and target contain this")
+    parser.add_argument("--minutes", type=float, default=0, help="a soak in place of the faults by turns")
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between two faults of a soak")
+    parser.add_argument("--plot", help="file for a picture of a soak, .png")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(message)s")
+    with tempfile.TemporaryDirectory() as name:
+        code = run(given, Path(name))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
