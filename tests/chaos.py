@@ -131,7 +131,8 @@ class Requests:
                     tokens += piece.token_ids
                     self.came.append(time.monotonic())
             except Exception as error:  # noqa: BLE001 - whatever ends a request early loses it
-                logging.getLogger("chaos").error("lost: %s", error)
+                if not self._over.is_set():
+                    print(f"lost: {error}", file=sys.stderr)
                 self.lost += 1
                 return
             self.ended += 1
@@ -145,6 +146,10 @@ class Requests:
 
     def go_on(self) -> None:
         self._pause.clear()
+
+    def cancel(self) -> None:
+        """No more batches, whatever becomes of the one that runs."""
+        self._over.set()
 
     def end(self) -> None:
         self._over.set()
@@ -176,6 +181,9 @@ class Chaos:
         self._folder = folder
         self._chance = chance
         self.tolls: dict[Fault, Toll] = {}
+
+    def give_up(self) -> None:
+        self._requests.cancel()
 
     def whole(self) -> bool:
         return len(self._llm.plan.stages) == RANKS
@@ -351,7 +359,7 @@ def run(given: argparse.Namespace, folder: Path) -> int:
     logger.addHandler(verdicts)
     logger.propagate = False
     membership.FIRST_S = 0.0  # a fault every few seconds is what is wanted here
-    model = tiny_checkpoint(folder / "model", "llama", max_position_embeddings=4096)
+    model = tiny_checkpoint(folder / "model", "llama", max_position_embeddings=4096, num_hidden_layers=12)
     wanted: dict[SamplingParams, list[tuple[int, ...]]] = {}
     with LLM(model, dtype="float32") as llm:
         for params in (GREEDY, SEEDED):
@@ -392,6 +400,7 @@ def every_fault(chaos: Chaos, given: argparse.Namespace) -> int:
         except AssertionError as error:
             for at, text in chaos.verdicts.said[-30:]:
                 print(f"  {at:.2f} {text}", file=sys.stderr)
+            chaos.give_up()
             raise SystemExit(f"{fault}: {error}") from error
     return given.faults
 

@@ -13,7 +13,7 @@ import torch
 from distllm.net import store
 from distllm.net.address import LOOPBACK, loopback
 from distllm.net.store import Rendezvous
-from distllm.net.wire import Wire, WireBroken, backend_between
+from distllm.net.wire import Wire, WireBroken, backend_between, call_off
 
 BYTES = 4096
 
@@ -124,3 +124,22 @@ def test_frames_between_gpus_go_through_host_memory_and_that_is_said(
     assert sorted(record.getMessage() for record in caplog.records) == [
         f"rank at {position} of the ring: frames to the next GPU go through host memory" for position in (0, 1)
     ]
+
+
+def test_a_ring_that_will_not_form_can_be_called_off() -> None:
+    _server, port = store.serve_on_loopback()
+    where = Rendezvous(rank=0, world_size=3, host=LOOPBACK, port=port, job="test", one_host=True)
+
+    def join(position: int) -> Wire:
+        client = store.connect(where, 5)
+        ring = {"position": position, "devices": ["cpu"] * 3, "receive_bytes": BYTES, "deadline_s": 1000.0}
+        return Wire(client, 7, loopback(), **ring)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(join, position) for position in (0, 2)]
+        with pytest.raises(TimeoutError):
+            waiting[0].result(0.2)
+        call_off(store.connect(where, 5), 7)
+        for each in waiting:
+            with pytest.raises(WireBroken, match=r"^the ring was called off$"):
+                each.result(10)

@@ -16,7 +16,7 @@ import torch
 from distllm.config import ModelConfig
 from distllm.core import EngineError, Member, Plan, Span
 from distllm.engine import inquest
-from distllm.engine.cluster import POLL_S, Cluster
+from distllm.engine.cluster import POLL_S, Cluster, Verdict
 from distllm.engine.loading import Kept, Loaded, load
 from distllm.engine.options import Options
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push, Status
@@ -150,20 +150,23 @@ class Epochs:
         if cluster is None or not others:
             return Pipeline(loaded, None, cluster)
         epoch = loaded.order.epoch
-        cluster.order("join", dict.fromkeys(others, JoinOrder(epoch)))
-        forming = in_thread(
-            partial(
-                cluster.node.wire,
-                epoch,
-                position=0,
-                devices=loaded.order.devices,
-                receive_bytes=loaded.frame_bytes,
-                deadline_s=self.options.cluster.deadline_s,
-            )
-        )
-        cluster.attend(others, forming)
         try:
+            cluster.order("join", dict.fromkeys(others, JoinOrder(epoch)))
+            forming = in_thread(
+                partial(
+                    cluster.node.wire,
+                    epoch,
+                    position=0,
+                    devices=loaded.order.devices,
+                    receive_bytes=loaded.frame_bytes,
+                    deadline_s=self.options.cluster.deadline_s,
+                )
+            )
+            cluster.attend(others, forming)
             return Pipeline(loaded, forming.result(), cluster)
+        except Verdict:
+            cluster.call_off(epoch)
+            raise
         except WireBroken as broken:
             raise inquest.verdict(cluster, broken, [0, *others], BEFORE_STEPS) from broken
 

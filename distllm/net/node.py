@@ -11,7 +11,7 @@ from distllm.net import control, store
 from distllm.net.address import Interface, loopback
 from distllm.net.control import Agent, AgentId
 from distllm.net.store import Rendezvous
-from distllm.net.wire import Wire, WireBroken
+from distllm.net.wire import Wire, WireBroken, call_off
 
 CONNECT_TIMEOUT_S = 60.0
 
@@ -97,6 +97,15 @@ class Node:
             receive_bytes=receive_bytes,
             deadline_s=deadline_s,
         )
+
+    def call_off(self, epoch: int) -> None:
+        """Lets nobody wait for the ring of an epoch any more.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with store.reached():
+            call_off(self.store, epoch)
 
     def leave(self) -> None:
         """Ends the agent; the process cannot come back."""

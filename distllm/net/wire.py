@@ -7,6 +7,7 @@ the frames say.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,11 +20,39 @@ from distllm.net.address import Interface
 
 logger = logging.getLogger(__name__)
 
+_CALLED_OFF = "called off"
+_ASSEMBLE_POLL_S = 0.005
 _TAG = 1
 
 
 class WireBroken(Exception):
     """The ring cannot go on: a neighbour is silent or gone."""
+
+
+def call_off(store: Store, epoch: int) -> None:
+    """Lets the ranks that wait for others to form the ring of an epoch wait no longer."""
+    PrefixStore(f"wire/{epoch}", store).set(_CALLED_OFF, "")
+
+
+def _assemble(store: Store, position: int, size: int, deadline_s: float) -> None:
+    """Waits until all ranks of a ring are there: once Gloo waits for one that is not, nothing can call it off.
+
+    Raises:
+        WireBroken: one did not come in time, the ring was called off, or the store is gone.
+    """
+    until = time.monotonic() + deadline_s
+    everybody = [f"place/{each}" for each in range(size)]
+    try:
+        store.set(everybody[position], "")
+        while not store.check(everybody):
+            if store.check([_CALLED_OFF]):
+                raise WireBroken("the ring was called off")
+            if time.monotonic() > until:
+                missing = [place for place, key in enumerate(everybody) if not store.check([key])]
+                raise WireBroken(f"the ring did not form within {deadline_s:g} s: nobody at {missing} of it")
+            time.sleep(_ASSEMBLE_POLL_S)
+    except RuntimeError as error:
+        raise WireBroken(f"the ring did not form: {error}") from error
 
 
 def backend_between(sender: str, receiver: str) -> str:
@@ -41,7 +70,7 @@ class Wire:
         deadline_s: a neighbour that is silent for so long breaks the ring.
 
     Raises:
-        WireBroken: the ring did not form in time.
+        WireBroken: the ring did not form in time, or was called off.
     """
 
     def __init__(
@@ -64,9 +93,11 @@ class Wire:
             logger.warning("rank at %d of the ring: frames to the next GPU go through host memory", position)
         options = ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=deadline_s)
+        store = PrefixStore(f"wire/{epoch}", store)
+        _assemble(store, position, size, deadline_s)
         try:
             options._devices = [ProcessGroupGloo.create_device(hostname=interface.address)]
-            self._group: Any = ProcessGroupGloo(PrefixStore(f"wire/{epoch}", store), position, size, options)
+            self._group: Any = ProcessGroupGloo(store, position, size, options)
         except RuntimeError as error:
             logger.debug("the ring of epoch %d: %s", epoch, error)
             raise WireBroken(f"the ring did not form within {deadline_s:g} s") from error
