@@ -39,9 +39,12 @@ RANKS = 4
 WAIT_S = 90.0
 FAULTY = Path(__file__).parent / "faulty.py"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGSEGV": signal.SIGSEGV}
-INSIDE = {"exception": "raise", "_exit": "exit"}
+WOKEN = "SIGSTOP, woken"
+INSIDE = {"SIGKILL": "kill", "SIGSEGV": "segfault", "exception": "raise", "_exit": "exit", "hang": "hang"}
 TARGETS = {"second": 1, "middle": 2, "last": RANKS - 1}
-PHASES = ("idle", "prompt", "decode", "recovery", "forming", "loading", "joining", "arriving")
+BY_SIGNAL = ("idle", "prompt", "decode", "recovery")
+PLACES = {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load"}
+COMING = {"joining": "load", "arriving": "arrive"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,6 @@ class Fault:
     kind: str
     phase: str
     target: str
-
-    @property
-    def place(self) -> str:
-        return {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load", "joining": "load"}[
-            self.phase
-        ]
 
 
 @dataclass
@@ -71,10 +68,11 @@ class Toll:
 
 
 def matrix() -> list[Fault]:
-    """Every fault that makes sense."""
-    kinds = [*SIGNALS, "SIGSTOP, woken", *INSIDE]
-    faults = [Fault(*each) for each in itertools.product(kinds, PHASES, TARGETS)]
-    return [fault for fault in faults if fault.kind not in INSIDE or fault.phase in ("prompt", "decode", "forming")]
+    """Every fault that makes sense: signals from outside, or what the rank does to itself in a certain place."""
+    outside = itertools.product((*SIGNALS, WOKEN), BY_SIGNAL, TARGETS)
+    steps = itertools.product(("exception", "_exit", "hang"), ("prompt", "decode"), TARGETS)
+    places = itertools.product(INSIDE, ("forming", "loading", *COMING), TARGETS)
+    return [Fault(*each) for each in itertools.chain(outside, steps, places)]
 
 
 class Verdicts(logging.Handler):
@@ -202,8 +200,8 @@ class Chaos:
             self._requests.go_on()
         toll = self.tolls.setdefault(fault, Toll())
         toll.faults += 1
-        if fault.kind == "SIGSTOP, woken" or fault.phase in ("arriving",):
-            self._requests.wait_for(50)
+        if fault.kind == WOKEN or fault.phase in COMING:
+            self._requests.wait_for(50)  # no ring breaks
         else:
             self._measure(toll, began)
         wait_until(self.whole, f"the ring is not whole after {fault}")
@@ -219,7 +217,7 @@ class Chaos:
             ring = [stage.rank for stage in self._llm.plan.stages if stage.rank in workers()]
             others = [rank for rank in ring if rank != 0]
             if others:
-                kind = self._chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP", "SIGSTOP, woken"])
+                kind = self._chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP", WOKEN])
                 struck.append(self._signal(self._chance.choice(others), kind))
         return struck
 
@@ -239,43 +237,39 @@ class Chaos:
         ring = [stage.rank for stage in self._llm.plan.stages]
         victim = ring[TARGETS[fault.target]]
         other = next(rank for rank in ring[1:] if rank != victim)
-        if fault.phase in ("idle", "prompt", "decode") and fault.kind not in INSIDE:
+        if fault.phase in BY_SIGNAL and (fault.kind in SIGNALS or fault.kind == WOKEN):
+            if fault.phase == "recovery":
+                first = time.monotonic()
+                strike(workers()[other], signal.SIGKILL)
+                wait_until(lambda: self.verdicts.first_after(first, "is lost"), "the first fault was not noticed")
             return self._signal(victim, fault.kind)
-        if fault.phase in ("prompt", "decode"):
-            return self._inside(victim, fault.place, INSIDE[fault.kind])
-        # All others need a first loss: the victim fails while the ring is mended, or when the lost one comes back.
-        first = time.monotonic()
-        if fault.phase == "recovery":
-            strike(workers()[other], signal.SIGKILL)
-            wait_until(lambda: self.verdicts.first_after(first, "is lost"), "the first fault was not noticed")
-            return self._signal(victim, fault.kind)
-        place = {"forming": "join", "loading": "load", "joining": "load", "arriving": "arrive"}[fault.phase]
-        kind = {"SIGKILL": "kill", "SIGSEGV": "segfault", **INSIDE}.get(fault.kind, "hang")
-        if fault.phase in ("forming", "loading"):
-            order = self._order(victim, place, kind)
-            strike(workers()[other], signal.SIGKILL)
-        else:
+        if fault.phase in COMING:
+            first = time.monotonic()
             strike(workers()[victim], signal.SIGKILL)
             wait_until(lambda: self.verdicts.first_after(first, "is started again"), "it was not started again")
-            order = self._order(victim, place, kind)
-        wait_until(lambda: order.with_suffix(".happened").exists(), f"{fault} did not happen")
-        return time.monotonic()
+            return self._inside(victim, COMING[fault.phase], fault.kind)
+        order = self._order(victim, PLACES[fault.phase], fault.kind)
+        if fault.phase in ("forming", "loading"):
+            strike(workers()[other], signal.SIGKILL)
+        return self._proven(order)
 
     def _order(self, rank: int, place: str, kind: str) -> Path:
         order = self._folder / f"{rank}-{place}"
         order.with_suffix(".happened").unlink(missing_ok=True)
-        order.write_text(kind)
+        order.write_text(INSIDE[kind])
         return order
 
-    def _inside(self, rank: int, place: str, kind: str) -> float:
-        order = self._order(rank, place, kind)
+    def _proven(self, order: Path) -> float:
         wait_until(lambda: order.with_suffix(".happened").exists(), f"{order.name} did not happen")
         return time.monotonic()
+
+    def _inside(self, rank: int, place: str, kind: str) -> float:
+        return self._proven(self._order(rank, place, kind))
 
     def _signal(self, rank: int, kind: str) -> float:
         process = workers()[rank]
         began = time.monotonic()
-        if kind == "SIGSTOP, woken":
+        if kind == WOKEN:
             strike(process, signal.SIGSTOP)
             time.sleep(DEADLINE_S / 2 * self._chance.random())
             process.send_signal(signal.SIGCONT)
@@ -365,7 +359,8 @@ def run(given: argparse.Namespace, folder: Path) -> int:
         for params in (GREEDY, SEEDED):
             wanted[params] = [output.token_ids for output in llm.generate([*PROMPTS, LONG], params)]
     local.LocalRanks.program = (str(FAULTY), str(folder))
-    cluster = ClusterConfig(workers=RANKS, threads=1, deadline_s=DEADLINE_S, load_timeout_s=DEADLINE_S, restarts=10**6)
+    deadlines = {"deadline_s": DEADLINE_S, "load_timeout_s": DEADLINE_S, "join_timeout_s": 20.0}
+    cluster = ClusterConfig(workers=RANKS, threads=1, restarts=10**6, **deadlines)
     engine = EngineConfig(kv_tokens=8192, prompt_chunk=32)
     with LLM(model, dtype="float32", cluster=cluster, engine=engine, plan=PlanConfig(calibrate=False)) as llm:
         requests = Requests(llm, wanted)

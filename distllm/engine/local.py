@@ -42,7 +42,8 @@ class LocalRanks:
         self._ending = threading.Event()
         self._restarts_left = dict.fromkeys(range(1, rendezvous.world_size), restarts)
         self._due: dict[int, float] = {}
-        self._awaited: set[int] = set()
+        self._awaited: dict[int, float] = {}
+        self._patience_s = join_timeout_s
         self._supervisor: threading.Thread | None = None
         self._children = {rank: self._started(rank) for rank in self._restarts_left}
 
@@ -76,27 +77,35 @@ class LocalRanks:
     def came(self, rank: int) -> None:
         """One that was started again has registered; from here on its end is for others to notice."""
         with self._lock:
-            self._awaited.discard(rank)
+            self._awaited.pop(rank, None)
 
     def _supervise(self) -> None:
         while not self._ending.wait(POLL_S):
             with self._lock:
                 now = time.monotonic()
-                due = [rank for rank, time_due in self._due.items() if time_due <= now]
-                failed = {rank: how for rank in self._awaited if (how := self.ended(rank))}
-                self._awaited -= failed.keys()
-                for rank in due:
+                failed = {rank: why for rank in self._awaited if (why := self._why_not(rank, now))}
+                for rank in failed:
+                    del self._awaited[rank]
+                for rank in [rank for rank, due in self._due.items() if due <= now]:
                     del self._due[rank]
-                    self._start_again(rank)
-            for rank, how in failed.items():
-                logger.warning("rank %d %s before it registered", rank, how)
+                    self._start_again(rank, now)
+            for rank, why in failed.items():
+                logger.warning("rank %d %s", rank, why)
                 self.replace(rank)
 
-    def _start_again(self, rank: int) -> None:
+    def _why_not(self, rank: int, now: float) -> str | None:
+        """Why one that was started again will not come; None while it may."""
+        if how := self.ended(rank):
+            return f"{how} before it registered"
+        waited = now - self._awaited[rank]
+        return f"did not register within {waited:.0f} s" if waited > self._patience_s else None
+
+    def _start_again(self, rank: int, now: float) -> None:
+        self._children[rank].kill()
         _end([self._children[rank]])
         if not self._ending.is_set():
             self._children[rank] = self._started(rank)
-            self._awaited.add(rank)
+            self._awaited[rank] = now
             logger.info("rank %d is started again, as pid %d", rank, self._children[rank].pid)
 
     def end(self) -> None:
