@@ -1,9 +1,10 @@
-"""A rank is killed in the middle of an answer, and the answer goes on: examples/survive.py [FOLDER of a model]"""
+"""A rank is killed in the middle of an answer, which goes on; it comes back: examples/survive.py [FOLDER of a model]"""
 
 import logging
 import os
 import signal
 import sys
+import time
 
 import psutil
 
@@ -19,4 +20,7 @@ with LLM(model, cluster=ClusterConfig(workers=3, threads=1)) as llm:
         print(piece.text, end="", flush=True)
         if count == 30:
             os.kill(victim, signal.SIGKILL)
-    print("\nleft:", ", ".join(f"rank {stage.rank} with {stage.span}" for stage in llm.plan.stages))
+    until = time.monotonic() + 60
+    while len(llm.plan.stages) < 3 and time.monotonic() < until:
+        llm.generate("Meanwhile", SamplingParams(max_tokens=20))
+    print("\nnow:", ", ".join(f"rank {stage.rank} with {stage.span}" for stage in llm.plan.stages))

@@ -11,7 +11,9 @@ rank=$1 ranks=$2 master=$3
 shift 3
 port=29500
 case $master in *:*) port=${master##*:} master=${master%:*} ;; esac
+restarts="${MAX_RESTARTS:-100}"
+[ "$rank" != 0 ] || restarts=0 # nothing goes on without rank 0
 environment
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$python" -m torch.distributed.run --nnodes "$ranks" --node-rank "$rank" --nproc-per-node 1 \
-    --master-addr "$master" --master-port "$port" --max-restarts "${MAX_RESTARTS:-100}" -m distllm.run "$@"
+    --master-addr "$master" --master-port "$port" --max-restarts "$restarts" -m distllm.run "$@"

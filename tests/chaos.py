@@ -222,7 +222,7 @@ class Chaos:
         return struck
 
     def _measure(self, toll: Toll, began: float) -> None:
-        words = ("is lost", "hangs in", "failed in", "stands still", "has ended")
+        words = ("is lost", "hangs in", "failed in", "stands still", "no such kernel")
         wait_until(lambda: self.verdicts.first_after(began, *words), "the fault was not noticed")
         noticed = self.verdicts.first_after(began, *words)
         assert noticed is not None

@@ -14,6 +14,7 @@ from distllm.net.store import Rendezvous
 from distllm.net.wire import Wire, WireBroken, call_off
 
 CONNECT_TIMEOUT_S = 60.0
+LATE_JOIN_TIMEOUT_S = 20.0
 
 
 class Node:
@@ -40,7 +41,9 @@ class Node:
             else store.choose_interface(rendezvous, self.store, interface, join_timeout_s)
         )
         name = f"rank{rendezvous.rank}_{self.life}"
-        self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, join_timeout_s)
+        # One that joins a job while another of its ranks dies waits for that in vain, and keeps others from joining.
+        timeout_s = min(join_timeout_s, LATE_JOIN_TIMEOUT_S) if store.is_led(self.store) else join_timeout_s
+        self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, timeout_s)
 
     @property
     def identity(self) -> AgentId:

@@ -184,6 +184,16 @@ def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
     return missing
 
 
+def is_led(store: Store) -> bool:
+    """Whether a job has come so far that its ranks know the master.
+
+    Raises:
+        ConnectionError: the store is gone.
+    """
+    with reached():
+        return bool(store.check([MASTER]))
+
+
 def _check_given_up(store: Store) -> None:
     if store.check([MASTER]) and store.get(MASTER) == GIVEN_UP.encode():
         raise ConnectionError("rank 0 gave up")
