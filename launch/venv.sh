@@ -10,6 +10,7 @@ environment() {
     local wanted stamp="$venv/installed-${extra:-base}"
     wanted=$(cat "$root/pyproject.toml" "$root/setup.cfg" "$root/constraints.txt" | sha256sum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
+    [ -z "$extra" ] && [ "$(cat "$venv/installed-dev" 2>/dev/null)" = "$wanted" ] && return # more than is asked
     (
         flock 9 # two scripts at once make one environment
         [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && exit

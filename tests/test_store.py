@@ -92,3 +92,30 @@ def test_giving_up_is_heard(wait: str) -> None:
         store.give_up(where)
         with pytest.raises(ConnectionError, match=r"^rank 0 gave up$"):
             listening.result(5)
+
+
+def test_who_comes_late_listens_where_the_job_does() -> None:
+    _server, port = store.serve_on_loopback()
+    master = rendezvous(port)
+    client = store.connect(master, 5)
+    client.set("host/0", address.network_id())
+    store.announce(master, client, "rank0_life", address.loopback())
+    late = store.newcomer(f"{LOOPBACK}:{port}", 5)
+    assert (late.rank, late.world_size, late.job) == (2, 2, "test")
+    assert store.newcomer(f"{LOOPBACK}:{port}", 5).rank == 3, "nobody else gets that rank"
+    assert store.choose_interface(late, client, None, 1) == address.loopback()
+    client.set("host/0", "another host")
+    with pytest.raises(ValueError, match=r"listen on its loopback only; .* start it with cluster\.interface=NAME$"):
+        store.choose_interface(late, client, None, 1)
+    store.announce(master, client, "rank0_life", address.Interface("eth7", "192.0.2.1"))
+    assert store.choose_interface(late, client, None, 1).address == LOOPBACK, "what routes to the store, in this test"
+    assert store.choose_interface(late, client, "lo", 1) == address.named("lo")
+
+
+def test_nobody_joins_what_is_not_there() -> None:
+    _server, port = store.serve_on_loopback()
+    with pytest.raises(ValueError, match=rf"^cluster\.join={LOOPBACK}:{port}: no job of distllm has come up there"):
+        store.newcomer(f"{LOOPBACK}:{port}", 5)
+    for wrong in ("somewhere", "host:", ":29500", "host:port"):
+        with pytest.raises(ValueError, match=rf"^cluster\.join={wrong}: give HOST:PORT"):
+            store.newcomer(wrong, 5)

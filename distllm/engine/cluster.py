@@ -65,12 +65,14 @@ class Cluster:
         self.node = node
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
-        self._registrar = Registrar(self._me)
+        self._registrar = Registrar(self._me, local.came if local else lambda _: None)
         self.on_news = self._registrar.on_news
         expose("master", self._registrar)
         with _store_needed():
             node.lead()
         self._others = self._gather(world_size, join_timeout_s)
+        with _store_needed():
+            node.begin()
         self._shares = Shares()
         self._shares.welcome(self.members.values())
         self.lost_ranks = 0
@@ -87,14 +89,16 @@ class Cluster:
         strays: list[AgentId] = []
         while not self._ended.wait(WATCH_S):
             taken = self._registrar.taken()
-            known = [other.identity for other in taken.values()]
+            known = [other.identity for other in (*taken.values(), *dict(self._others).values())]
             try:
                 with self._calls:
                     strays = self.node.agent.bury_strays(known, strays)
             except ConnectionError:
                 return
             for rank, other in taken.items():
-                if rank not in self.ring:
+                if rank in self.ring:
+                    self._silent.pop(other.identity, None)
+                else:
                     self._look_at(other)
 
     def _look_at(self, other: Registered) -> None:
@@ -102,6 +106,7 @@ class Cluster:
             with self._calls:
                 other.peer.ask("status", timeout_s=VERDICT_TIMEOUT_S).wait()
             self._silent.pop(other.identity, None)
+            self._gone.pop(other.identity, None)
         except PeerLost as lost:
             since = self._silent.setdefault(other.identity, time.monotonic())
             if not lost.timed_out or time.monotonic() - since > self._deadline_s:
@@ -124,7 +129,8 @@ class Cluster:
     @property
     def members(self) -> dict[int, Member]:
         """Those that are there, by rank."""
-        return {0: self._me} | {rank: each.member for rank, each in sorted(self._others.items())}
+        others = dict(self._others)  # other threads ask too
+        return {0: self._me} | {rank: each.member for rank, each in sorted(others.items())}
 
     def _gather(self, world_size: int, timeout_s: float) -> dict[int, Registered]:
         wanted = set(range(1, world_size))
@@ -151,8 +157,6 @@ class Cluster:
                 logger.warning("%s is lost", self._others[rank].member)
                 self.bury([rank])
             self._others[rank] = newcomer
-            if self._local:
-                self._local.came(rank)
             came.append(newcomer.member)
             logger.info("%s has come", newcomer.member)
         self._shares.welcome(came)
@@ -212,10 +216,12 @@ class Cluster:
         """Calls a verb of several ranks at once: each one's answer, or the PeerLost that came instead."""
         asked: dict[int, Answer | PeerLost] = {}
         for rank, argument in arguments.items():
+            other = self._others.get(rank)
+            if other is None:
+                asked[rank] = PeerLost(f"rank {rank}", "it was given up", timed_out=False)
+                continue
             try:
-                asked[rank] = self._others[rank].peer.ask(
-                    verb, *(() if argument is None else (argument,)), timeout_s=timeout_s
-                )
+                asked[rank] = other.peer.ask(verb, *(() if argument is None else (argument,)), timeout_s=timeout_s)
             except PeerLost as lost:
                 asked[rank] = lost
         return {rank: _heard(answer) for rank, answer in asked.items()}
@@ -303,13 +309,13 @@ class Cluster:
 
         One that is alive but out of reach finds that its master does not know it any more, and ends.
         """
-        ranks = list(ranks)
-        for rank in ranks:
+        pids = {rank: self.members[rank].pid for rank in ranks}
+        for rank in pids:
             self._kill(rank)
-        self._forget(ranks)
+        self._forget(pids)
         if self._local:
-            for rank in ranks:
-                self._local.replace(rank)
+            for rank, pid in pids.items():
+                self._local.replace(rank, pid)
 
     def let_go(self, ranks: Iterable[int]) -> None:
         """Ends ranks that have no part any more, and want to."""
@@ -326,6 +332,8 @@ class Cluster:
             self._registrar.forget(other.member.life)
             self._shares.dismiss(other.member)
             gone.append(other.identity)
+            self._silent.pop(other.identity, None)
+            self._gone.pop(other.identity, None)
         self.lost_ranks += len(gone)
         if gone:
             with self._calls:
@@ -357,7 +365,8 @@ class Cluster:
             _heard(answer)
         if self._local:
             self._local.end()
-            self.node.agent.bury_others()
+            with self._calls:
+                self.node.agent.bury_others()
 
 
 @contextmanager

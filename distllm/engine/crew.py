@@ -22,6 +22,7 @@ class Crew:
 
     Attributes:
         verdicts: why rings broke so far, and which ranks were lost.
+        holders: lives of those that have a part.
 
     Args:
         cluster: the other ranks; None if this process is alone.
@@ -35,6 +36,7 @@ class Crew:
         self._notify: Callable[[], None] = lambda: None
         self._told: set[str] = set()
         self.verdicts: list[str] = []
+        self.holders: frozenset[str] = frozenset()
 
     def on_news(self, notify: Callable[[], None]) -> None:
         """Calls this from now on, from any thread, when somebody has come, wants to go, or may have a part again."""
@@ -63,7 +65,7 @@ class Crew:
             for member in members
         ]
 
-    def trusted(self, plan: Plan) -> list[Member]:
+    def trusted(self) -> list[Member]:
         """Those that may have a part: not who wants to go, nor who was lost again and again and has none now."""
         now = time.monotonic()
         leavers = {member.life for member in self.leavers()}
@@ -71,7 +73,7 @@ class Crew:
             member
             for member in self.everybody()
             if member.life not in leavers
-            and (plan.stage_of(member.rank) or self._losses.out_until(_place(member), now) <= now)
+            and (member.life in self.holders or self._losses.out_until(_place(member), now) <= now)
         ]
 
     def leavers(self) -> list[Member]:

@@ -73,7 +73,7 @@ class Epochs:
         sizes = self.blueprint.sizes
         totals = {stage.rank: loaded_bytes(sizes, before.get(stage.rank), stage.span) for stage in plan.stages}
         with LoadProgress(totals) as progress, self._sending(plan, lambda: progress.add_mine(0)) as pushes:
-            orders = self._orders(plan, members, pushes)
+            orders = self._orders(self._new_epoch(), plan, members, pushes)
             torch.set_num_threads(orders[0].threads)
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
@@ -96,25 +96,37 @@ class Epochs:
         """Rank 0's part is not needed any more."""
         self._mine = self._kept = None
 
-    def prepare(self, plan: Plan, members: Sequence[Member], ranks: Collection[int]) -> Future[None]:
+    def prepare(
+        self, plan: Plan, members: Sequence[Member], ranks: Collection[int], dropped: threading.Event
+    ) -> Future[None]:
         """Has ranks that are in no ring load what a plan gives them, while the ring goes on.
+
+        Args:
+            dropped: nobody waits for it any more.
 
         Returns:
             What is there when they have; a Verdict, if one is lost, stands still or cannot load.
         """
 
+        epoch = self._new_epoch()  # one that is drawn for a ring meanwhile is newer
+
+        def check_wanted(*_: object) -> None:
+            self.check_open()
+            if dropped.is_set():
+                raise EngineError("it is not wanted any more")
+
         def load_ahead() -> None:
             assert self._cluster is not None, "one rank alone has no others"
-            with self._sending(plan, self.check_open, ranks) as pushes:
-                orders = self._orders(plan, members, pushes)
+            with self._sending(plan, check_wanted, ranks) as pushes:
+                check_wanted()
+                orders = self._orders(epoch, plan, members, pushes)
                 self._cluster.order("load", {rank: orders[rank] for rank in ranks})
-                (epoch,) = {order.epoch for order in orders.values()}
                 self._cluster.wait_done(
                     epoch,
                     ranks,
                     still_s=self.options.cluster.load_timeout_s,
                     deadline_s=self.options.cluster.deadline_s,
-                    seen=lambda _: self.check_open(),
+                    seen=check_wanted,
                 )
             self._holds(plan, [member for member in members if member.rank in ranks])
 
@@ -188,10 +200,15 @@ class Epochs:
         with sending(weights, self.blueprint.checkpoint, extents, cluster.node.interface) as push:
             yield dict.fromkeys(ranks, push)
 
-    def _orders(self, plan: Plan, members: Sequence[Member], pushes: Mapping[int, Push]) -> dict[int, LoadOrder]:
+    def _new_epoch(self) -> int:
+        return self._cluster.new_epoch() if self._cluster else 1
+
+    def _orders(
+        self, epoch: int, plan: Plan, members: Sequence[Member], pushes: Mapping[int, Push]
+    ) -> dict[int, LoadOrder]:
         devices = {member.rank: member.device for member in members}
         order = LoadOrder(
-            epoch=self._cluster.new_epoch() if self._cluster else 1,
+            epoch=epoch,
             plan=plan,
             model=self._pinned_model,
             quantization=self.options.quantization,

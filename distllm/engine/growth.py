@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ logger = logging.getLogger(__name__)
 class Ahead:
     """What is loaded; `then` is the plan to change to when it is, None if there is none."""
 
+    loads: Plan
     done: Future[None]
     then: Plan | None
+    dropped: threading.Event
 
 
 class Growth:
@@ -30,6 +33,7 @@ class Growth:
         self._crew = crew
         self._epochs = epochs
         self._ahead: Ahead | None = None
+        self._failed: Plan | None = None
 
     @property
     def under_way(self) -> bool:
@@ -37,11 +41,18 @@ class Growth:
 
     def begin(self, loads: Plan, members: Sequence[Member], ranks: Collection[int], then: Plan | None) -> None:
         """Has ranks that are in no ring load what a plan of these members gives them; there is news when they have."""
-        self._ahead = Ahead(self._epochs.prepare(loads, members, ranks), then)
+        dropped = threading.Event()
+        self._ahead = Ahead(loads, self._epochs.prepare(loads, members, ranks, dropped), then, dropped)
         self._ahead.done.add_done_callback(lambda _: self._crew.news())
+
+    def has_failed(self, plan: Plan) -> bool:
+        """Whether rank 0 could not have this plan loaded the last time: it would not be otherwise now."""
+        return plan == self._failed
 
     def drop(self) -> None:
         """What is loaded is not waited for any more; those that do go on until they are told something else."""
+        if self._ahead is not None:
+            self._ahead.dropped.set()
         self._ahead = None
 
     def ready(self) -> Plan | None:
@@ -55,9 +66,11 @@ class Growth:
             self._crew.bury(verdict)
             return None
         except (EngineError, ValueError) as error:
+            self._failed = ahead.loads
             logger.warning("nobody is taken in: %s", error)
             return None
         except Exception:  # the ring is well all the same
+            self._failed = ahead.loads
             logger.exception("nobody is taken in")
             return None
         return ahead.then

@@ -61,7 +61,7 @@ class Job:
         check_stored(self.plan, blueprint.checkpoint)
         self._epochs = Epochs(options, blueprint, cluster)
         self._growth = Growth(self.crew, self._epochs)
-        self._warm: frozenset[str] = frozenset()
+        self._strength = len(self.plan.stages)
 
     def _first_plan(self) -> Plan:
         """With KV room for a whole context if that fits, else for a chunk: the balance must not eat up the room."""
@@ -96,9 +96,8 @@ class Job:
         """
         return self._balanced(self._formed())
 
-    def _balanced(self, pipeline: Pipeline) -> Pipeline:
-        """The same ring, or a better one, by the measured times of its stages."""
-        since: float | None = None
+    def _balanced(self, pipeline: Pipeline, since: float | None = None) -> Pipeline:
+        """The same ring, or a better one, by the measured times of its stages; `since` is that of `_formed`."""
         while self._calibrates:
             try:
                 better = self._better(pipeline)
@@ -113,7 +112,7 @@ class Job:
                 continue
             pipeline.free()
             self.plan = better
-            return self._formed()
+            return self._formed(since)
         return pipeline
 
     def on_news(self, notify: Callable[[], None]) -> None:
@@ -125,45 +124,50 @@ class Job:
 
         Those that have come load their part first, beside the ring, and there is news when they have.
         """
-        if self._cluster is None or self._growth.under_way:
+        if self._cluster is None:
+            return None
+        if self._leavers():
+            self._growth.drop()
+            return self._without_leavers()
+        if self._growth.under_way:
             return None
         if (ready := self._growth.ready()) is not None:
             return ready
         self.crew.bury_idle(self.plan)
         self.crew.admit(self.others)
         self.crew.let_go(self.plan)
-        if (smaller := self._without_leavers()) is not None:
-            return smaller
         self._load_ahead()
         return None
 
+    def _leavers(self) -> list[Member]:
+        """Those that want to go and have a part."""
+        return [member for member in self.crew.leavers() if self.plan.stage_of(member.rank)]
+
     def _load_ahead(self) -> None:
         """Has those that have no part load what a wider plan gives them; those that are to be spares, for takeovers."""
-        members = self.crew.trusted(self.plan)
+        members = self.crew.trusted()
         idle = [member for member in members if self.plan.stage_of(member.rank) is None]
-        spares = idle[max(0, len(idle) - self.options.cluster.spares) :]
-        fresh = [member for member in members if member not in spares]
+        wanted = max(0, self._strength - len(self.plan.stages), len(idle) - self.options.cluster.spares)
+        fresh, spares = [*(each for each in members if each not in idle), *idle[:wanted]], idle[wanted:]
         plan = widened(self.plan, fresh, self.sizes, self.wish, min_gain=self.options.plan.min_gain)
-        if plan is not None and self._is_stored(plan):
+        if plan is not None and self._is_stored(plan) and self._has_room(plan) and not self._growth.has_failed(plan):
             self.members = fresh
             newcomers = [member.rank for member in idle if plan.stage_of(member.rank)]
             self._growth.begin(plan, fresh, newcomers, then=plan)
             return
         self.crew.tell_of_spares(self.plan)
-        cold = [spare for spare in spares if spare.life not in self._warm]
-        if self.options.cluster.spares and cold:
-            warm = warm_stages(self.plan, cold, self.sizes, self.wish)
-            self._warm |= {spare.life for spare in cold}
+        held = self._epochs.held(spares)
+        cold = [spare for spare in spares if spare.rank not in held]
+        warm = warm_stages(self.plan, cold, self.sizes, self.wish) if self.options.cluster.spares else []
+        loads = Plan(stages=tuple(warm), idle=(), kv_tokens=self.wish.block_tokens)
+        if warm and not self._growth.has_failed(loads):
             ranks = [stage.rank for stage in warm]
             logger.info("ranks %s load what others hold, to take over from them", ranks)
-            loads = Plan(stages=tuple(warm), idle=(), kv_tokens=self.plan.kv_tokens)
             self._growth.begin(loads, cold, ranks, then=None)
 
     def _without_leavers(self) -> Plan | None:
-        """A plan that gives nothing to ranks that want to go; None if there are none, or it does not go without."""
-        leavers = [member for member in self.crew.leavers() if self.plan.stage_of(member.rank)]
-        if not leavers:
-            return None
+        """A plan that gives nothing to ranks that want to go; None if it does not go without."""
+        leavers = self._leavers()
         try:
             members, plan = self._replanned()
         except ValueError:
@@ -173,6 +177,10 @@ class Job:
             return None
         self.members = members
         return plan
+
+    def _has_room(self, plan: Plan) -> bool:
+        """Whether no running request can be too long for a plan that nobody is forced to."""
+        return plan.kv_tokens >= min(self.plan.kv_tokens, self.sizes.context_length)
 
     def _is_stored(self, plan: Plan) -> bool:
         try:
@@ -189,7 +197,8 @@ class Job:
         """
         pipeline.free()
         self.plan = plan
-        return self._balanced(self._formed(time.monotonic()))
+        since = time.monotonic()
+        return self._balanced(self._formed(since), since)
 
     def recover(self, broken: Exception, pipeline: Pipeline, since: float) -> Pipeline:
         """Goes on with those that are left when a ring has broken: a new plan that moves little, and a new epoch.
@@ -218,6 +227,7 @@ class Job:
             self._tell(self.plan)
             try:
                 pipeline = self._epochs.form(self.plan, self.members)
+                self.crew.holders = frozenset(each.life for each in self.members if self.plan.stage_of(each.rank))
                 self.crew.let_go(self.plan)
                 return pipeline
             except Verdict as verdict:
@@ -257,7 +267,7 @@ class Job:
         Raises:
             ValueError: the model does not fit, or not as it is cut on disk.
         """
-        everybody, trusted = self.crew.everybody(), self.crew.trusted(self.plan)
+        everybody, trusted = self.crew.everybody(), self.crew.trusted()
         held = self._epochs.held(everybody)
         most = len(self.plan.stages) if self.options.cluster.spares else None
         try:
@@ -292,7 +302,12 @@ class Job:
         )
         self.sizes, self.members = sizes, members
         self.crew.learn(members)
-        may = [member for member in members if self.plan.stage_of(member.rank) or not self.options.cluster.spares]
+        trusted = {member.life for member in self.crew.trusted()}
+        may = [
+            member
+            for member in members
+            if self.plan.stage_of(member.rank) or (member.life in trusted and not self.options.cluster.spares)
+        ]
         return rebalanced(self.plan, may, sizes, self.wish, min_gain=self.options.plan.min_gain)
 
     def _tell(self, plan: Plan) -> None:

@@ -64,10 +64,10 @@ class LocalRanks:
             return None
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 
-    def replace(self, rank: int) -> None:
-        """Starts one that was lost again, a moment later, unless that was done often enough."""
+    def replace(self, rank: int, pid: int) -> None:
+        """Starts one that was lost again, a moment later, unless that was done often enough or is under way."""
         with self._lock:
-            if self._restarts_left.get(rank, 0) > 0:
+            if self._restarts_left.get(rank, 0) > 0 and self._children[rank].pid == pid:
                 self._restarts_left[rank] -= 1
                 self._due[rank] = time.monotonic() + RESTART_S
                 if self._supervisor is None:
@@ -91,7 +91,7 @@ class LocalRanks:
                     self._start_again(rank, now)
             for rank, why in failed.items():
                 logger.warning("rank %d %s", rank, why)
-                self.replace(rank)
+                self.replace(rank, self._children[rank].pid)
 
     def _why_not(self, rank: int, now: float) -> str | None:
         """Why one that was started again will not come; None while it may."""

@@ -205,6 +205,7 @@ class Master:
             self._take(self._inbox.get(timeout=self.pipeline.pulse_s))
         except queue.Empty:
             self.pipeline.pulse()
+            self._broken_at = None
 
     def _take(self, item: Delivery | Cancel | News | None) -> None:
         match item:
@@ -216,6 +217,8 @@ class Master:
                 if self._deliveries.pop(item.request, None) is not None:
                     self._scheduler.finish(item.request)
             case Delivery():
+                if not self._scheduler.has_work:
+                    self._broken_at = None
                 self._deliveries[item.request.id] = item
                 self._scheduler.add(item.request)
 

@@ -31,10 +31,14 @@ class Registrar:
 
     Attributes:
         lets_go: whether ranks may leave before the job ends.
+
+    Args:
+        came: called with the rank of each process that registers.
     """
 
-    def __init__(self, me: Member) -> None:
+    def __init__(self, me: Member, came: Callable[[int], None]) -> None:
         self._me = me
+        self._came = came
         self._lock = threading.Lock()
         self._taken: dict[int, Registered] = {}
         self._refused: str | None = None
@@ -70,6 +74,7 @@ class Registrar:
             else:
                 self._refused = f"{member} was refused: {refusal}"
         if refusal is None:
+            self._came(member.rank)
             self._notify()
         return refusal
 
@@ -84,7 +89,8 @@ class Registrar:
         """A process wants to go; True if it should wait until it is told to."""
         if not self.lets_go or not self.knows(life):
             return False
-        self._leaving |= {life}
+        with self._lock:
+            self._leaving |= {life}
         self._notify()
         return True
 
@@ -96,6 +102,7 @@ class Registrar:
         """A process is gone; another one may register in its place."""
         with self._lock:
             self._taken = {rank: each for rank, each in self._taken.items() if each.member.life != life}
+            self._leaving -= {life}
 
     def knows(self, life: str) -> bool:
         """Whether this process life belongs to the job; asking proves that the master lives."""

@@ -30,6 +30,7 @@ LISTEN_S = 0.005
 BURIAL_S = 10.0
 BURIAL_POLL_S = 0.05
 ANSWER_TIMEOUT_S = 2.0
+TOKEN_S = 60.0  # nobody takes so long to join or leave
 
 _MEMBERS = "names/_ALL_WORKER_INFOS"
 _TOKEN = "RpcGroupManagementToken"
@@ -71,6 +72,7 @@ class Agent:
     def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float) -> None:
         with reached():
             self.identity = AgentId(name, int(store.add("agents", 1)))
+        self._token_seen = "", 0.0
         self._store = PrefixStore("rpc", store)
         self._store.set_timeout(timedelta(seconds=timeout_s))
         with reached():
@@ -102,7 +104,7 @@ class Agent:
             time.sleep(BURIAL_POLL_S)
 
     def bury_strays(self, known: Collection[AgentId], suspects: Collection[AgentId]) -> list[AgentId]:
-        """Buries members that are dead before anybody knew them: as long as they are listed, nobody can join.
+        """Buries members that died before anybody knew them: as long as they are listed, nobody can join.
 
         Args:
             known: those that are watched otherwise.
@@ -119,7 +121,16 @@ class Agent:
             for each in strays:
                 if each in suspects and is_dead(each.name):
                     self.bury([each])
+            self._free_old_token()
         return strays
+
+    def _free_old_token(self) -> None:
+        """One that dies while it joins or leaves may be listed nowhere, and nobody can take its turn."""
+        held, since = self._token_seen
+        if (now_held := self._token()) != held:
+            self._token_seen = now_held, time.monotonic()
+        elif held and time.monotonic() - since > TOKEN_S:
+            self._free_token(held)
 
     def _listed(self) -> list[AgentId]:
         listed = self._store.get(_MEMBERS).decode().split(",") if self._store.check([_MEMBERS]) else []

@@ -42,7 +42,7 @@ class Node:
         )
         name = f"rank{rendezvous.rank}_{self.life}"
         # One that joins a job while another of its ranks dies waits for that in vain, and keeps others from joining.
-        timeout_s = min(join_timeout_s, LATE_JOIN_TIMEOUT_S) if store.is_led(self.store) else join_timeout_s
+        timeout_s = min(join_timeout_s, LATE_JOIN_TIMEOUT_S) if store.has_begun(self.store) else join_timeout_s
         self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, timeout_s)
 
     @property
@@ -56,6 +56,15 @@ class Node:
             ConnectionError: the store is gone.
         """
         store.announce(self.rendezvous, self.store, self.identity.name, self.interface)
+
+    def begin(self) -> None:
+        """Says that all ranks are there that the job was started with.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with store.reached():
+            self.store.set(store.BEGUN, "")
 
     def find_master(self, timeout_s: float) -> str:
         """The name of rank 0's agent.

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MASTER = "master"
 INTERFACE = "interface"
+BEGUN = "begun"
 # What a process that was not started with the job needs to know of it.
 NOTICE = "distllm/notice"
 GIVEN_UP = "given up"
@@ -184,14 +185,14 @@ def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
     return missing
 
 
-def is_led(store: Store) -> bool:
-    """Whether a job has come so far that its ranks know the master.
+def has_begun(store: Store) -> bool:
+    """Whether all ranks of a job have been there.
 
     Raises:
         ConnectionError: the store is gone.
     """
     with reached():
-        return bool(store.check([MASTER]))
+        return bool(store.check([BEGUN]))
 
 
 def _check_given_up(store: Store) -> None:
@@ -209,13 +210,16 @@ def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, tim
     """
     with reached():
         store.set(f"host/{rendezvous.rank}", address.network_id())
-        if store.check([INTERFACE]) and store.get(INTERFACE).decode() == address.LOOPBACK:
+        announced = store.get(INTERFACE).decode() if store.check([INTERFACE]) else None
+        if announced == address.LOOPBACK:
             if store.get("host/0").decode() == address.network_id():
                 return address.loopback()
             raise ValueError(
                 "all ranks of the job are on one host and listen on its loopback only; for ranks of other hosts to "
                 "join later, start it with cluster.interface=NAME"
             )
+    if announced is not None and wish is None:
+        return address.routing_to(rendezvous.host, rendezvous.port)
     if wish is not None:
         return address.named(wish)
     keys = [f"host/{rank}" for rank in range(rendezvous.world_size)]

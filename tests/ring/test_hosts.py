@@ -114,6 +114,7 @@ def test_two_hosts_listen_on_their_link_only_and_end_when_it_goes_down(
     assert not job.alive()
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_and_comes_back_costs_nothing(start: Start, hosts: Hosts, model: Path) -> None:
     asked = SamplingParams(max_tokens=3500, ignore_eos=True)
     with LLM(model, dtype="float32") as llm:

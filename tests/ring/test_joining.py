@@ -66,6 +66,7 @@ def test_a_lost_rank_comes_back_and_only_what_changed_owner_is_read(
     assert not workers()
 
 
+@pytest.mark.slow
 def test_a_place_that_loses_its_rank_again_and_again_is_kept_out(
     model: Path, wanted: dict[SamplingParams, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,22 +89,13 @@ def test_requests_wait_for_ranks_if_too_few_are_left(
     model: Path, wanted: dict[SamplingParams, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """One rank alone may not use enough memory for the whole model."""
-    with several(model, 2, restarts=1) as llm:
-        job = llm._engine.job
-        whole = sum(stage.weight_bytes + stage.kv_bytes for stage in llm.plan.stages)
-        shared_out = Cluster.shared_out
-
-        def less(self: Cluster, fraction: float) -> Any:
-            return [replace(member, memory_bytes=int(0.8 * whole)) for member in shared_out(self, fraction)]
-
-        job.wish = replace(job.wish, workspace_bytes=0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Cluster, "shared_out", less)
-            running = Running(llm, GREEDY)
-            running.wait_for(20)
-            strike(workers()[1], signal.SIGKILL)
-            assert running.tokens() == wanted[GREEDY]
-            assert len(llm.plan.stages) == 2
+    with several(model, 2, restarts=1) as llm, pytest.MonkeyPatch.context() as patch:
+        rank_0_is_small(llm, patch)
+        running = Running(llm, GREEDY)
+        running.wait_for(20)
+        strike(workers()[1], signal.SIGKILL)
+        assert running.tokens() == wanted[GREEDY]
+        assert len(llm.plan.stages) == 2
     assert [message for message in caplog.messages if "the model does not fit" in message and "waiting for" in message]
 
 
@@ -118,6 +110,52 @@ def test_a_worker_that_is_told_to_end_hands_over_first(model: Path, wanted: dict
         assert leaver.wait(WAIT_S) == 0
         assert llm.stats()["verdicts"] == [], "nothing broke"
         assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
+
+
+def test_a_worker_that_is_needed_stays_when_it_is_told_to_end(
+    model: Path, wanted: dict[SamplingParams, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until the launcher's patience is over; here it is lost then, and one that comes takes its place."""
+    with several(model, 2, restarts=1) as llm, pytest.MonkeyPatch.context() as patch:
+        rank_0_is_small(llm, patch)
+        running = Running(llm, GREEDY)
+        running.wait_for(20)
+        workers()[1].terminate()
+        wait_until(lambda: "but the model does not fit without it" in caplog.text, "it is not heard")
+        assert running.tokens() == wanted[GREEDY]
+        assert len(llm.plan.stages) == 2
+        strike(workers()[1], signal.SIGKILL)
+        assert tokens(llm.generate([*PROMPTS, LONG], SEEDED)) == wanted[SEEDED]
+        assert len(llm.plan.stages) == 2
+
+
+def test_losses_of_an_idle_engine_do_not_add_up(model: Path, wanted: dict[SamplingParams, Any]) -> None:
+    """A ring that was mended and idles well is a new beginning: what comes later has its own time."""
+    with several(model, 3, deadline_s=DEADLINE_S, recovery_deadline_s=4.0) as llm:
+        for victim in (1, 2):
+            before = len(verdicts_of(llm))
+            strike(workers()[victim], signal.SIGKILL)
+            wait_until(lambda before=before: len(verdicts_of(llm)) > before, "it is not noticed")  # type: ignore[misc]
+            time.sleep(5.0)  # longer than all the time that recovery has
+        assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
+
+
+def verdicts_of(llm: LLM) -> list[str]:
+    verdicts: Any = llm.stats()["verdicts"]
+    return list(verdicts)
+
+
+def rank_0_is_small(llm: LLM, patch: pytest.MonkeyPatch) -> None:
+    """No rank may use enough memory for the whole model from now on."""
+    job = llm._engine.job
+    whole = sum(stage.weight_bytes + stage.kv_bytes for stage in llm.plan.stages)
+    shared_out = Cluster.shared_out
+
+    def less(self: Cluster, fraction: float) -> Any:
+        return [replace(member, memory_bytes=int(0.8 * whole)) for member in shared_out(self, fraction)]
+
+    job.wish = replace(job.wish, workspace_bytes=0)
+    patch.setattr(Cluster, "shared_out", less)
 
 
 def test_a_spare_is_mourned_and_may_leave(model: Path, wanted: dict[SamplingParams, Any]) -> None:
@@ -258,3 +296,15 @@ def test_a_warm_spare_takes_over_without_loading(model: Path, wanted: dict[Sampl
         wait_until(lambda: 1 in workers() and 1 in job._cluster.members, "rank 1 does not come back")  # type: ignore[union-attr]
         assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
         assert [stage.rank for stage in llm.plan.stages] == [0, 3, 2], "who comes back is the spare now"
+
+
+def test_the_script_for_one_host_starts_ranks_that_come_back(start: Start, model: Path, answer: str) -> None:
+    script = str(Path(__file__).parents[2] / "launch" / "local.sh")
+    job = start([["bash", script, "2", *Ring(2, model, MANY).words]])
+    job.wait_for_text()
+    lost = job.ranks()[1]
+    strike(lost, signal.SIGKILL)
+    job.wait_for_error(" has come")
+    assert job.wait(WAIT_S) == [0], job.err.read_text()
+    assert job.out.read_text() == f"{answer}\n"
+    wait_until(lambda: not job.alive(), "ranks are left")

@@ -165,7 +165,7 @@ def test_a_second_loss_does_not_make_rank_0_read_again(model: Path, monkeypatch:
 
 def test_what_no_longer_fits_is_told_with_the_loss(model: Path) -> None:
     """Rank 0 may use so little memory that it cannot hold the whole model."""
-    with several(model, 2) as llm:
+    with several(model, 2, recovery_deadline_s=2.0) as llm:
         job = llm._engine.job
         job.wish = replace(job.wish, workspace_bytes=10**15)
         running = llm.stream("hello", SamplingParams(max_tokens=4000, ignore_eos=True))
