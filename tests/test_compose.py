@@ -32,7 +32,7 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize("text", [*TEXTS, ""])
 def test_text_arrives_as_typed(text: str) -> None:
     names = ["prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"]
-    names += ["model.hub", "model.revision", "shard.output"]
+    names += ["model.hub", "model.revision", "shard.output", "cluster.join"]
     config = composed(*(f"{name}={text}" for name in names), "log_level=debug")
     found = [config.prompt, config.prompts, config.output, config.model.path, config.model.name]
     found += [
@@ -41,6 +41,7 @@ def test_text_arrives_as_typed(text: str) -> None:
         config.model.hub,
         config.model.revision,
         config.shard.output,
+        config.cluster.join,
     ]
     assert found == [text] * len(names)
     assert config.log_level == "debug"
@@ -48,7 +49,7 @@ def test_text_arrives_as_typed(text: str) -> None:
 
 def test_the_list_of_texts_covers_every_text_key() -> None:
     others = {"prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"}
-    others |= {"model.hub", "model.revision", "shard.output"}
+    others |= {"model.hub", "model.revision", "shard.output", "cluster.join"}
     assert {each.name for each in keys() if each.text} == others | {"sampling.stop"}
 
 

@@ -173,7 +173,7 @@ def test_keys_tells_every_leaf_once() -> None:
 
 def test_keys_that_hold_free_text_are_text_keys() -> None:
     free = {"prompt", "prompts", "output", "model.name", "model.path", "model.package", "cluster.interface"}
-    free |= {"model.hub", "model.revision", "shard.output"}
+    free |= {"model.hub", "model.revision", "shard.output", "cluster.join"}
     assert {each.name for each in keys() if each.text} == free | {"sampling.stop"}
 
 

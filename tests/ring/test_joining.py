@@ -224,6 +224,7 @@ def test_a_new_machine_joins_a_job_that_runs(start: Start, model: Path, answer: 
     assert re.search(rf"rank 2 \(host \S+, pid {newcomer.launchers[0].pid}\) holds layers", said), said
 
 
+@pytest.mark.slow
 def test_one_agent_for_each_rank_starts_a_lost_one_again(start: Start, model: Path, answer: str) -> None:
     ring = Ring(3, model, MANY)
     shared = ["--master-addr=127.0.0.1", f"--master-port={ring.port}", "--nnodes=3", "--nproc-per-node=1"]
@@ -252,6 +253,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_wakes_up_after_its_burial_comes_back_as_a_new_one(start: Start, model: Path, answer: str) -> None:
     ring = Ring(3, model, MANY)
     ring.words.append(f"cluster.deadline_s={DEADLINE_S}")
