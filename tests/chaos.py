@@ -41,8 +41,9 @@ FAULTY = Path(__file__).parent / "faulty.py"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGSEGV": signal.SIGSEGV}
 WOKEN = "SIGSTOP, woken"
 INSIDE = {"SIGKILL": "kill", "SIGSEGV": "segfault", "exception": "raise", "_exit": "exit", "hang": "hang"}
+IN_A_STEP = INSIDE | {"SIGSTOP": "stop", WOKEN: "stop"}
 TARGETS = {"second": 1, "middle": 2, "last": RANKS - 1}
-BY_SIGNAL = ("idle", "prompt", "decode", "recovery")
+BY_SIGNAL = ("idle", "recovery")
 PLACES = {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load"}
 COMING = {"joining": "load", "arriving": "arrive"}
 
@@ -70,7 +71,7 @@ class Toll:
 def matrix() -> list[Fault]:
     """Every fault that makes sense: signals from outside, or what the rank does to itself in a certain place."""
     outside = itertools.product((*SIGNALS, WOKEN), BY_SIGNAL, TARGETS)
-    steps = itertools.product(("exception", "_exit", "hang"), ("prompt", "decode"), TARGETS)
+    steps = itertools.product(IN_A_STEP, ("prompt", "decode"), TARGETS)
     places = itertools.product(INSIDE, ("forming", "loading", *COMING), TARGETS)
     return [Fault(*each) for each in itertools.chain(outside, steps, places)]
 
@@ -237,7 +238,7 @@ class Chaos:
         ring = [stage.rank for stage in self._llm.plan.stages]
         victim = ring[TARGETS[fault.target]]
         other = next(rank for rank in ring[1:] if rank != victim)
-        if fault.phase in BY_SIGNAL and (fault.kind in SIGNALS or fault.kind == WOKEN):
+        if fault.phase in BY_SIGNAL:
             if fault.phase == "recovery":
                 first = time.monotonic()
                 strike(workers()[other], signal.SIGKILL)
@@ -248,15 +249,21 @@ class Chaos:
             strike(workers()[victim], signal.SIGKILL)
             wait_until(lambda: self.verdicts.first_after(first, "is started again"), "it was not started again")
             return self._inside(victim, COMING[fault.phase], fault.kind)
+        process = workers()[victim]
         order = self._order(victim, PLACES[fault.phase], fault.kind)
         if fault.phase in ("forming", "loading"):
             strike(workers()[other], signal.SIGKILL)
-        return self._proven(order)
+        began = self._proven(order)
+        if IN_A_STEP[fault.kind] == "stop":
+            wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "it does not stop")
+        if fault.kind == WOKEN:
+            self._wake(process)
+        return began
 
     def _order(self, rank: int, place: str, kind: str) -> Path:
         order = self._folder / f"{rank}-{place}"
         order.with_suffix(".happened").unlink(missing_ok=True)
-        order.write_text(INSIDE[kind])
+        order.write_text(IN_A_STEP[kind])
         return order
 
     def _proven(self, order: Path) -> float:
@@ -266,14 +273,17 @@ class Chaos:
     def _inside(self, rank: int, place: str, kind: str) -> float:
         return self._proven(self._order(rank, place, kind))
 
+    def _wake(self, process: psutil.Process) -> None:
+        time.sleep(DEADLINE_S / 2 * self._chance.random())
+        process.send_signal(signal.SIGCONT)
+        wait_until(lambda: process.status() != psutil.STATUS_STOPPED, "it does not wake up")
+
     def _signal(self, rank: int, kind: str) -> float:
         process = workers()[rank]
         began = time.monotonic()
         if kind == WOKEN:
             strike(process, signal.SIGSTOP)
-            time.sleep(DEADLINE_S / 2 * self._chance.random())
-            process.send_signal(signal.SIGCONT)
-            wait_until(lambda: process.status() != psutil.STATUS_STOPPED, "it does not wake up")
+            self._wake(process)
         elif kind == "SIGSEGV":
             process.send_signal(signal.SIGSEGV)
             wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "it lives")

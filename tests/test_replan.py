@@ -41,7 +41,7 @@ def test_an_idle_rank_takes_the_place_of_a_lost_one() -> None:
     before = partition(without(members, 3), sizes, WISH)
     after = replanned(before, without(members, 1), sizes, WISH)
     assert spans(after) == ["0: embeddings + layers 0-3", "3: layers 4-7", "2: layers 8-11 + head"]
-    assert [each.rank for each in ring_order(before, members)] == [0, 1, 2, 3]
+    assert [each.rank for each in ring_order(before, members, sizes, held_by(before))] == [0, 1, 2, 3]
     again = replanned(after, without(members, 1, 2), sizes, WISH)
     assert spans(again) == ["0: embeddings + layers 0-3", "3: layers 4-11 + head"]
 
@@ -66,7 +66,7 @@ def test_no_plan_that_fits_loads_less(sizes: ModelSizes, data: st.DataObject) ->
         before = partition(members[: ranks - idle], sizes, WISH)
     except ValueError:
         assume(False)
-    left = ring_order(before, without(members, data.draw(st.integers(1, ranks - 1))))
+    left = ring_order(before, without(members, data.draw(st.integers(1, ranks - 1))), sizes, held_by(before))
     chain = Chain(left, sizes, WISH)
 
     def fits(cuts: tuple[int, ...]) -> bool:

@@ -31,6 +31,6 @@ def test_who_holds_the_part_of_the_lost_rank_takes_it() -> None:
     plan = partition(without(members, 3, 4), sizes, WISH)
     held = {stage.rank: stage.span for stage in plan.stages}
     held |= {stage.rank: stage.span for stage in warm_stages(plan, [member(3, 80), member(4, 80)], sizes, WISH)}
-    after = replanned(plan, without(members, 1), sizes, WISH, held, most=3)
+    after = replanned(plan, without(members, 1), sizes, WISH, held=held, most=3)
     assert [stage.rank for stage in after.stages] == [0, 4, 2], "rank 4 has layers 4-7"
     assert [stage.span for stage in after.stages] == [stage.span for stage in plan.stages]

@@ -114,8 +114,15 @@ class Cluster:
                 self._registrar.news()
 
     def gone(self) -> dict[int, PeerLost]:
-        """Ranks outside of the ring whose process has ended or hangs, as far as it was noticed."""
-        return {rank: self._gone[each.identity] for rank, each in self._others.items() if each.identity in self._gone}
+        """Ranks whose process has ended or hangs, as far as it was noticed outside of the ring, or was replaced."""
+        taken = self._registrar.taken()
+        found = {}
+        for rank, other in self._others.items():
+            if (lost := self._gone.get(other.identity)) is not None:
+                found[rank] = lost
+            elif taken.get(rank) is not other:
+                found[rank] = PeerLost(other.identity.name, "another process has come in its place", timed_out=False)
+        return found
 
     def lets_go(self, may_go: bool) -> None:
         """Whether ranks may leave before the job ends."""
@@ -144,23 +151,13 @@ class Cluster:
         self._registrar.check()
         return self._registrar.taken()
 
-    def admit(self, ring: Collection[int]) -> bool:
-        """Takes in the processes that have registered since; says whether there was one.
-
-        One that comes in place of another is there as soon as that one is buried, here if it is in no ring.
-        """
-        came = []
-        for rank, newcomer in self._registrar.taken().items():
-            if self._others.get(rank) is newcomer or (rank in self._others and rank in ring):
-                continue
-            if rank in self._others:
-                logger.warning("%s is lost", self._others[rank].member)
-                self.bury([rank])
-            self._others[rank] = newcomer
-            came.append(newcomer.member)
+    def admit(self) -> None:
+        """Takes in the processes that have registered since; one that comes in place of another when that is buried."""
+        came = {rank: each for rank, each in self._registrar.taken().items() if rank not in self._others}
+        self._others |= came
+        for newcomer in came.values():
             logger.info("%s has come", newcomer.member)
-        self._shares.welcome(came)
-        return bool(came)
+        self._shares.welcome([each.member for each in came.values()])
 
     def _check_joining(self, wanted: Iterable[int], taken: Mapping[int, Registered]) -> None:
         """A rank that dies while others still join keeps them from it, so it must be named at once."""

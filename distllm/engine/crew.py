@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from distllm.core import Member, Plan
@@ -105,24 +105,20 @@ class Crew:
                 timer.start()
         self._cluster.bury(verdict.lost)
 
-    def bury_idle(self, plan: Plan) -> None:
-        """The same for those that are gone and have no part: no ring breaks for them."""
+    def look_around(self, ring: Collection[int]) -> None:
+        """Takes in those that have come, and buries those that are gone, unless it is for a ring to break."""
         assert self._cluster is not None, "one rank alone has no others"
         for rank, reason in self._cluster.gone().items():
-            if plan.stage_of(rank) is None:
+            if rank not in ring:
                 self.bury(self._cluster.lost({rank: reason}, {}))
-
-    def admit(self, ring: Sequence[int]) -> None:
-        """Takes in those that have come since."""
-        assert self._cluster is not None, "nobody comes to one rank alone"
-        self._cluster.admit(ring)
+        self._cluster.admit()
 
     def tell_of_spares(self, plan: Plan) -> None:
         """Says once of each rank that has no part that it has none."""
         for member in self.everybody():
             if plan.stage_of(member.rank) is None and member.life not in self._told:
                 self._told.add(member.life)
-                logger.info("%s holds nothing for now: no plan with it is faster by plan.min_gain", member)
+                logger.info("%s holds nothing for now", member)
 
     def let_go(self, plan: Plan) -> None:
         """Ends those that want to go and have no part any more."""

@@ -107,7 +107,6 @@ class Epochs:
         Returns:
             What is there when they have; a Verdict, if one is lost, stands still or cannot load.
         """
-
         epoch = self._new_epoch()  # one that is drawn for a ring meanwhile is newer
 
         def check_wanted(*_: object) -> None:
@@ -117,7 +116,7 @@ class Epochs:
 
         def load_ahead() -> None:
             assert self._cluster is not None, "one rank alone has no others"
-            with self._sending(plan, check_wanted, ranks) as pushes:
+            with rank_0_is("having others load ahead"), self._sending(plan, check_wanted, ranks) as pushes:
                 check_wanted()
                 orders = self._orders(epoch, plan, members, pushes)
                 self._cluster.order("load", {rank: orders[rank] for rank in ranks})

@@ -65,12 +65,8 @@ class Growth:
         except Verdict as verdict:
             self._crew.bury(verdict)
             return None
-        except (EngineError, ValueError) as error:
+        except (EngineError, ValueError) as error:  # the ring is well all the same
             self._failed = ahead.loads
             logger.warning("nobody is taken in: %s", error)
-            return None
-        except Exception:  # the ring is well all the same
-            self._failed = ahead.loads
-            logger.exception("nobody is taken in")
             return None
         return ahead.then

@@ -126,16 +126,17 @@ class Job:
         """
         if self._cluster is None:
             return None
-        if self._leavers():
+        leavers = self._leavers()
+        if leavers:
             self._growth.drop()
-            return self._without_leavers()
         if self._growth.under_way:
             return None
         if (ready := self._growth.ready()) is not None:
             return ready
-        self.crew.bury_idle(self.plan)
-        self.crew.admit(self.others)
+        self.crew.look_around(self.others)
         self.crew.let_go(self.plan)
+        if leavers:
+            return self._without(leavers)
         self._load_ahead()
         return None
 
@@ -165,9 +166,8 @@ class Job:
             logger.info("ranks %s load what others hold, to take over from them", ranks)
             self._growth.begin(loads, cold, ranks, then=None)
 
-    def _without_leavers(self) -> Plan | None:
+    def _without(self, leavers: Sequence[Member]) -> Plan | None:
         """A plan that gives nothing to ranks that want to go; None if it does not go without."""
-        leavers = self._leavers()
         try:
             members, plan = self._replanned()
         except ValueError:
@@ -248,7 +248,7 @@ class Job:
         self.crew.bury(verdict)
         waits = False
         while True:
-            self.crew.admit(ring=())
+            self.crew.look_around(ring=())
             try:
                 self.members, self.plan = self._replanned()
                 return
@@ -271,9 +271,9 @@ class Job:
         held = self._epochs.held(everybody)
         most = len(self.plan.stages) if self.options.cluster.spares else None
         try:
-            plan = replanned(self.plan, trusted, self.sizes, self.wish, held, most)
+            plan = replanned(self.plan, trusted, self.sizes, self.wish, held=held, most=most)
         except ValueError:
-            trusted, plan = everybody, replanned(self.plan, everybody, self.sizes, self.wish, held)
+            trusted, plan = everybody, replanned(self.plan, everybody, self.sizes, self.wish, held=held)
         check_stored(plan, self.blueprint.checkpoint)
         return trusted, plan
 

@@ -13,7 +13,7 @@ class Shares:
 
     def __init__(self) -> None:
         self._free: dict[str, int] = {}
-        self._devices: dict[str, str] = {}
+        self._devices: dict[tuple[str, str], str] = {}
 
     def welcome(self, members: Iterable[Member]) -> None:
         """Ranks that come together; each gets the first GPU of its host that nobody has."""
@@ -22,13 +22,13 @@ class Shares:
             if member.boot_id not in known:
                 free = self._free.get(member.boot_id, member.memory_bytes)
                 self._free[member.boot_id] = min(free, member.memory_bytes)
-            taken = {name for place, name in self._devices.items() if place.startswith(member.boot_id)}
+            taken = {device for (host, _), device in self._devices.items() if host == member.boot_id}
             gpus = (f"cuda:{index}" for index in range(member.gpus))
-            self._devices[_place(member)] = next((gpu for gpu in gpus if gpu not in taken), "cpu")
+            self._devices[_process(member)] = next((gpu for gpu in gpus if gpu not in taken), "cpu")
 
     def dismiss(self, member: Member) -> None:
         """One that is gone; the others keep what they have."""
-        del self._devices[_place(member)]
+        del self._devices[_process(member)]
 
     def of(self, members: Iterable[Member], memory_fraction: float) -> list[Member]:
         """These members, by rank, with what each may use."""
@@ -40,7 +40,7 @@ class Shares:
                 member,
                 memory_bytes=int(self._free[host] * memory_fraction) // len(together),
                 cores=max(1, member.cores // len(together)),
-                device=self._devices[_place(member)],
+                device=self._devices[_process(member)],
             )
             for host, together in by_host.items()
             for member in together
@@ -48,5 +48,5 @@ class Shares:
         return sorted(shares, key=lambda member: member.rank)
 
 
-def _place(member: Member) -> str:
-    return f"{member.boot_id}/{member.life}"
+def _process(member: Member) -> tuple[str, str]:
+    return member.boot_id, member.life

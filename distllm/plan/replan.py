@@ -27,6 +27,7 @@ def replanned(
     members: Sequence[Member],
     sizes: ModelSizes,
     wish: PlanWish,
+    *,
     held: Held | None = None,
     most: int | None = None,
 ) -> Plan:
@@ -55,13 +56,10 @@ def held_by(plan: Plan) -> Held:
     return {stage.rank: stage.span for stage in plan.stages}
 
 
-def ring_order(
-    plan: Plan, members: Sequence[Member], sizes: ModelSizes | None = None, held: Held | None = None
-) -> list[Member]:
+def ring_order(plan: Plan, members: Sequence[Member], sizes: ModelSizes, held: Held) -> list[Member]:
     """Members in the order of a new ring: those of the plan as they were, others where one is missing.
 
-    Args:
-        sizes, held: with these, in the place of a missing one stands who has to load least for its part.
+    In the place of a missing one stands who has to load least for its part.
     """
     there = {member.rank: member for member in members}
     assert 0 in there, "rank 0 holds the embeddings"
@@ -71,7 +69,7 @@ def ring_order(
         if stage.rank in there:
             order.append(there[stage.rank])
         elif idle:
-            best = min(idle, key=lambda rank: loaded_bytes(sizes, held.get(rank), stage.span) if sizes and held else 0)
+            best = min(idle, key=lambda rank: loaded_bytes(sizes.on(there[rank]), held.get(rank), stage.span))
             idle.remove(best)
             order.append(there[best])
     return order + [there[rank] for rank in idle]

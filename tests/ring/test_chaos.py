@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,3 +75,19 @@ def test_random_faults(
         assert struck == 4
         assert [stage.rank for stage in llm.plan.stages] == [0]
     assert not workers()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", [["--faults", "24", "--seed", "5"], ["--minutes", "0.5", "--every", "5", "--plot"]])
+def test_the_script_of_many_faults(how: list[str], tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "launch" / "chaos.sh"
+    picture = tmp_path / "soak.png"
+    words = [*how, str(picture)] if how[-1] == "--plot" else how
+    done = subprocess.run(["bash", str(script), *words], capture_output=True, text=True, timeout=850, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = re.search(r"^(\d+) faults, (\d+) requests ended, 0 lost, 0 different$", done.stdout, re.MULTILINE)
+    assert counts, done.stdout
+    assert int(counts[1]) >= 3
+    assert int(counts[2]) > 0
+    assert picture.exists() == (how[-1] == "--plot")

@@ -107,38 +107,31 @@ def test_lost_workers_of_the_library_are_all_named(
     assert not job.alive()
 
 
-FAULTY_RANK = """
-import os, signal, sys, time
+FAULTY_RANK = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from faulty import fail
 from distllm.config import ClusterConfig
 from distllm.engine import worker
 from distllm.llm import serve_here
 from distllm.model.runner import Runner
 from distllm.net.node import Node
 
-PLACES = {
+PLACES = {{
     "load": (worker, "load", lambda *_, **__: True),
     "reload": (worker, "load", lambda order, *_: order.epoch > 1),
     "join": (Node, "wire", lambda *_, **__: True),
     "timing": (Runner, "run", lambda self, step, hidden: step.id < 0),
     "step": (Runner, "run", lambda self, step, hidden: step.id == 5),
-}
-
-def fault(kind):
-    print("the fault happens", file=sys.stderr, flush=True)
-    if kind == "raise":
-        raise RuntimeError("no such kernel")
-    if kind == "exit":
-        os._exit(3)
-    if kind in ("die", "segfault"):
-        os.kill(os.getpid(), signal.SIGKILL if kind == "die" else signal.SIGSEGV)
-    time.sleep(1000)
+}}
 
 def spoil(kind, place):
     owner, name, strikes = PLACES[place]
     real = getattr(owner, name)
     def faulty(*args, **named):
         if strikes(*args, **named):
-            fault(kind)
+            print("the fault happens", file=sys.stderr, flush=True)
+            fail(kind)
         return real(*args, **named)
     setattr(owner, name, faulty)
 
@@ -155,12 +148,12 @@ FORMING_S = 60  # a death is noticed at once, however long the ring may take
     [
         ("raise", "load", ": RuntimeError: no such kernel"),
         ("hang", "load", r" stands still while loading for \d s"),
-        ("die", "load", " is lost: its connection is closed$"),
+        ("kill", "load", " is lost: its connection is closed$"),
         ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
         ("hang", "join", r" hangs in the forming of the ring for \d s; it finished no step of a request"),
-        ("die", "join", " is lost: its connection is closed$"),
+        ("kill", "join", " is lost: its connection is closed$"),
         ("hang", "timing", r" hangs in a step that times the stages for \d s; it finished no step of a request"),
-        ("die", "timing", " is lost: its connection is closed; it finished no step of a request"),
+        ("kill", "timing", " is lost: its connection is closed; it finished no step of a request"),
         ("raise", "step", " failed in step 5: RuntimeError: no such kernel"),
         ("hang", "step", r" hangs in step 5 for \d s; the last step it finished is 4"),
     ],
@@ -168,7 +161,7 @@ FORMING_S = 60  # a death is noticed at once, however long the ring may take
 def test_a_fault_is_told_wherever_it_strikes(start: Start, endless: Path, kind: str, place: str, verdict: str) -> None:
     launcher = ["WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
     options = [f"plan.calibrate={'true' if place == 'timing' else 'false'}", f"cluster.load_timeout_s={DEADLINE_S}"]
-    if kind == "die":
+    if kind == "kill":
         options.append(f"cluster.deadline_s={FORMING_S}")
     rank0 = [sys.executable, "-m", "distllm.run", *words(endless), *options]
     rank1 = [sys.executable, "-c", FAULTY_RANK, str(DEADLINE_S), kind, place]

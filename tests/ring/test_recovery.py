@@ -191,10 +191,10 @@ EVERY = [
     ("raise", "step", " failed in step 5: RuntimeError: no such kernel"),
     ("segfault", "step", " is lost: its connection is closed"),
     ("exit", "step", " is lost: its connection is closed"),
-    ("die", "load", " is lost: its connection is closed"),
-    ("die", "join", " is lost: its connection is closed"),
+    ("kill", "load", " is lost: its connection is closed"),
+    ("kill", "join", " is lost: its connection is closed"),
     ("hang", "step", r" hangs in step 5 for \d s"),
-    ("die", "timing", " is lost: its connection is closed"),
+    ("kill", "timing", " is lost: its connection is closed"),
     ("hang", "load", r" stands still while loading for \d s"),
     ("hang", "join", r" hangs in the forming of the ring for \d s"),
     ("hang", "timing", r" hangs in a step that times the stages for \d s"),
@@ -229,7 +229,7 @@ def test_a_rank_that_cannot_load_what_it_should_take_over_is_left_out(start: Sta
     launcher = ["WORLD_SIZE=3", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
     well = [sys.executable, "-m", "distllm.run", *words(model), "plan.calibrate=false"]
     dies, cannot = (
-        [sys.executable, "-c", FAULTY_RANK, "30", *fault] for fault in (("die", "step"), ("raise", "reload"))
+        [sys.executable, "-c", FAULTY_RANK, "30", *fault] for fault in (("kill", "step"), ("raise", "reload"))
     )
     job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((well, dies, cannot))])
     assert job.wait(WAIT_S)[0] == 0, job.err.read_text()
