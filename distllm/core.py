@@ -64,12 +64,21 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt to continue: `tokens` is the prompt, `eos_ids` are the ids that end the text."""
+    """One prompt to continue: `tokens` is the prompt, `eos_ids` are the ids that end the text.
+
+    `generated` are tokens that its answer has already, from before.
+    """
 
     id: int
     tokens: tuple[int, ...]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
+    generated: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """Tokens of the prompt and of what its answer has already."""
+        return len(self.tokens) + len(self.generated)
 
 
 @dataclass(frozen=True, slots=True)

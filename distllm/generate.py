@@ -1,30 +1,22 @@
-"""The task of answering: one prompt streamed to standard output, or a file of prompts to a file of answers."""
+"""The task of answering: a prompt that is streamed to standard output, or a file of prompts."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from distllm.core import Output, SamplingParams
+from distllm.core import SamplingParams
 
 if TYPE_CHECKING:
     from distllm.core import Request
     from distllm.engine.reader import Reader
     from distllm.llm import LLM
-
-# Bytes of a token in an answer: some for its text, some for its id.
-TOKEN_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,30 +93,6 @@ def _decoded(text: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is {text[error.start]:#04x}") from error
 
 
-def check_room(output: Path, lines: Sequence[Line], max_tokens: int) -> None:
-    """Refuses an output file that cannot be written, before a model is loaded for it.
-
-    Raises:
-        ValueError: the folder is missing or not writable, or the disk is too full for the answers.
-    """
-    target = _target(output)
-    folder = target.parent
-    if not folder.is_dir():
-        raise ValueError(f"output={output}: there is no folder {folder}")
-    if target.is_dir():
-        raise ValueError(f"output={output}: is a folder; give a file")
-    if target.exists() and not target.is_file():
-        raise ValueError(f"output={output}: is not an ordinary file; leave output out for standard output")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"output={output}: {folder} cannot be written to: {error.strerror}") from error
-    needed = sum(len(json.dumps(line.asked)) + max_tokens * TOKEN_BYTES for line in lines)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(f"output={output}: the answers may take {needed:,} bytes, but {folder} has {free:,} free")
-
-
 def stream(llm: LLM, request: Request) -> int:
     """Writes the answer as it comes."""
     for piece in llm.stream(request):
@@ -148,6 +116,14 @@ class Questions:
         for line in lines:
             with self._refusing(line):
                 self.asked.append((line, _request(reader, line, params)))
+
+    @property
+    def digest(self) -> str:
+        """The same for the same prompts, as the model has them."""
+        digest = hashlib.sha256()
+        for line, request in self.asked:
+            digest.update(f"{line.index}{request.tokens}".encode())
+        return digest.hexdigest()
 
     def fit(self, llm: LLM) -> None:
         """Takes out what the ranks have no KV room for."""
@@ -175,104 +151,3 @@ def _request(reader: Reader, line: Line, params: SamplingParams) -> Request:
 
 def _name(line: Line) -> str:
     return f"line {line.number}: the prompt"
-
-
-def batch(llm: LLM | None, questions: Questions, output: Path | None) -> int:
-    """Answers every line that can be answered; exit code 0 only if that is all of them.
-
-    Args:
-        llm: None if there is nothing that can be answered.
-    """
-    if llm is not None:
-        questions.fit(llm)
-    answers: dict[int, dict[str, object]] = {
-        index: {"index": index, "error": error} for index, error in questions.errors.items()
-    }
-    order = iter(range(questions.size))
-    at = next(order)
-    with _whole_file(output) as file, Progress(len(questions.asked)) as bar:
-
-        def write_ready() -> None:
-            nonlocal at
-            while at in answers:
-                file.write(json.dumps(answers.pop(at), ensure_ascii=False) + "\n")
-                file.flush()
-                at = next(order, questions.size)
-
-        def on_output(done: Output) -> None:
-            line = questions.asked[done.index][0]
-            answers[line.index] = _answer(line, done)
-            bar.count(done)
-            write_ready()
-
-        write_ready()
-        if llm is not None:
-            llm.answer(questions.asked, on_output)
-    for _, error in sorted(questions.errors.items()):
-        print(f"distllm: error: {error}", file=sys.stderr)
-    return 1 if questions.errors else 0
-
-
-def _answer(line: Line, done: Output) -> dict[str, object]:
-    return {
-        "index": line.index,
-        "prompt": line.asked.get("prompt", line.asked.get("messages")),
-        "text": done.text,
-        "token_ids": done.token_ids,
-        "finish_reason": done.finish_reason,
-        "usage": asdict(done.usage),
-    }
-
-
-class Progress:
-    """A bar on standard error: answers done, and tokens/s."""
-
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, desc="answers", unit="", file=sys.stderr)
-        self._tokens = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def count(self, done: Output) -> None:
-        self._tokens += len(done.token_ids)
-        elapsed = self._bar.format_dict["elapsed"]
-        self._bar.set_postfix_str(f"{self._tokens / elapsed:.0f} tokens/s" if elapsed else "", refresh=False)
-        self._bar.update()
-
-
-@contextmanager
-def _whole_file(output: Path | None) -> Iterator[TextIO]:
-    """A file that appears under its name only when it is whole; standard output if there is no name."""
-    if output is None:
-        yield sys.stdout
-        return
-    target = _target(output)
-    part = target.with_name(f".distllm-{secrets.token_hex(8)}.part")
-    try:
-        with part.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            if target.exists():
-                shutil.copymode(target, part)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except OSError as error:
-        raise OSError(f"output={output}: {error.strerror or error}; nothing was written there") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _target(output: Path) -> Path:
-    """The file that a name means, through links, so that it is the file that is replaced and not the link.
-
-    Raises:
-        ValueError: there is no such user, or the links go round.
-    """
-    try:
-        return output.expanduser().resolve()
-    except RuntimeError as error:
-        raise ValueError(f"output={output}: {error}") from error

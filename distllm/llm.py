@@ -214,9 +214,16 @@ class LLM:
         self._engine.check_room(request, name)
 
     def answer(
-        self, asked: Sequence[tuple[object, Request]], on_output: Callable[[Output], None] = lambda _: None
+        self,
+        asked: Sequence[tuple[object, Request]],
+        on_output: Callable[[Output], None] = lambda _: None,
+        on_tokens: Callable[[int, Sequence[int]], None] = lambda *_: None,
     ) -> list[Output]:
         """Runs requests, each with the prompt as it was given, and waits for all.
+
+        Args:
+            on_output: called with each output as soon as it is whole, in any order.
+            on_tokens: called with the index of a request and all tokens of its answer so far, as long as it grows.
 
         Raises:
             ValueError: the ranks have too little KV room for one of them.
@@ -234,6 +241,8 @@ class LLM:
                 if draft.finish_reason is not None:
                     left -= 1
                     on_output(draft.output())
+                else:
+                    on_tokens(draft.index, draft.token_ids)
         finally:
             for draft in drafts:
                 if draft.number is not None and draft.finish_reason is None:

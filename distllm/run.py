@@ -182,7 +182,7 @@ def _run(config: Config) -> int:
 
 def _generate(config: Config) -> int:
     """One prompt streamed, or a file of them."""
-    from distllm import generate
+    from distllm import batch, generate
     from distllm.engine.reader import Reader
 
     output = None if config.output is None else Path(config.output)
@@ -195,11 +195,13 @@ def _generate(config: Config) -> int:
             return generate.stream(llm, request)
     lines = generate.read_lines(Path(config.prompts))
     if output is not None:
-        generate.check_room(output, lines, params.max_tokens)
+        batch.check_room(output, lines, params.max_tokens)
     reader = Reader(config.model)
     questions = generate.Questions(reader, lines, params)
-    with _opened(config, reader) if questions.asked else nullcontext() as llm:
-        return generate.batch(llm, questions, output)
+    with batch.Printed() if output is None else batch.saved(output, config, reader, questions) as answers:
+        questions.asked = answers.resume(questions.asked)
+        with _opened(config, reader) if questions.asked else nullcontext() as llm:
+            return batch.batch(llm, questions, answers)
 
 
 def _opened(config: Config, reader: Reader) -> LLM:

@@ -13,6 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of the real Hub
 import psutil
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples every time; others by `--hypothesis-profile default`.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

@@ -5,25 +5,17 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
-import shutil
-import signal
-import stat
-import subprocess
-from collections import namedtuple
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fakes import tiny_checkpoint
 
 from distllm import generate
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
-from distllm.core import EngineError, Output, Request, SamplingParams
+from distllm.config import ClusterConfig, ModelConfig, PlanConfig
+from distllm.core import SamplingParams
 from distllm.engine.reader import Reader
-from distllm.generate import Line, Questions, batch, check_room, read_lines, read_prompt
+from distllm.generate import Line, read_lines, read_prompt
 from distllm.llm import LLM
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -155,75 +147,6 @@ class TestLines:
             read_lines(tmp_path / "no")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-class TestRoom:
-    def test_a_good_place_is_left_as_it_is(self, tmp_path: Path) -> None:
-        (tmp_path / "old").write_text("old")
-        check_room(tmp_path / "old", lines_of("a"), 10)
-        check_room(tmp_path / "new", lines_of("a"), 10)
-        assert [path.name for path in tmp_path.iterdir()] == ["old"]
-        assert (tmp_path / "old").read_text() == "old"
-
-    def test_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=f"there is no folder {tmp_path}/no$"):
-            check_room(tmp_path / "no" / "out", lines_of("a"), 10)
-
-    def test_a_file_for_a_folder(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(ValueError, match=f"there is no folder {tmp_path}/file$"):
-            check_room(tmp_path / "file" / "out", lines_of("a"), 10)
-
-    def test_a_folder_for_a_file(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=f"^output={tmp_path}: is a folder; give a file$"):
-            check_room(tmp_path, lines_of("a"), 10)
-
-    @pytest.mark.parametrize("name", ["/dev/null", "/dev/full"])
-    def test_a_device_is_not_replaced_by_a_file(self, name: str) -> None:
-        with pytest.raises(ValueError, match=f"^output={name}: is not an ordinary file"):
-            check_room(Path(name), lines_of("a"), 10)
-
-    @pytest.mark.parametrize("name", ["~no-such-user/out", "ring"])
-    def test_a_name_that_leads_nowhere(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        Path("ring").symlink_to("ring")
-        with pytest.raises(ValueError, match=f"^output={name}: "):
-            check_room(Path(name), lines_of("a"), 10)
-
-    def test_a_read_only_disk(self, small_disk: Path) -> None:
-        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-        with pytest.raises(ValueError, match=f"{small_disk} cannot be written to: Read-only file system$"):
-            check_room(small_disk / "out", lines_of("a"), 10)
-
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-    def test_a_folder_of_others(self, tmp_path: Path) -> None:
-        tmp_path.chmod(0o500)
-        with pytest.raises(ValueError, match=r"cannot be written to: Permission denied$"):
-            check_room(tmp_path / "out", lines_of("a"), 10)
-
-    def test_a_small_disk(self, small_disk: Path) -> None:
-        check_room(small_disk / "out", lines_of("a", "b"), 1000)
-        with pytest.raises(ValueError, match=r"the answers may take [\d,]{9,} bytes, but .* has 1,048,576 free$"):
-            check_room(small_disk / "out", lines_of(*["a"] * 100), 1000)
-
-    def test_a_disk_that_says_it_is_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-        check_room(tmp_path / "out", lines_of("a"), 10)
-        with pytest.raises(ValueError, match=r"but .* has 1,000 free$"):
-            check_room(tmp_path / "out", lines_of("a"), 100)
-
-
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
     return Reader(ModelConfig(path=str(tiny_checkpoint(tmp_path_factory.mktemp("model")))))
@@ -233,199 +156,6 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 def llm(reader: Reader) -> Iterator[LLM]:
     with LLM(reader, cluster=ClusterConfig(threads=1), plan=PlanConfig(calibrate=False)) as opened:
         yield opened
-
-
-class Watched:
-    """An LLM that tells of every answer, after it has been written; the prompt `long` gets a long one."""
-
-    def __init__(self, llm: LLM, tell: Callable[[Output], None]) -> None:
-        self._llm, self._tell = llm, tell
-
-    def check_room(self, request: Request, name: str) -> None:
-        self._llm.check_room(request, name)
-
-    def answer(self, asked: Sequence[tuple[Line, Request]], on_output: Callable[[Output], None]) -> list[Output]:
-        def both(done: Output) -> None:
-            on_output(done)
-            self._tell(done)
-
-        return self._llm.answer([(line, _longer(line, request)) for line, request in asked], both)
-
-
-def _longer(line: Line, request: Request) -> Request:
-    if line.asked["prompt"] != "long":
-        return request
-    return replace(request, params=replace(request.params, max_tokens=40))
-
-
-Answer = Callable[..., int]
-
-
-@pytest.fixture
-def answer(reader: Reader) -> Answer:
-    return lambda llm, lines, output: batch(llm, Questions(reader, lines, PARAMS), output)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-class TestBatch:
-    def test_every_line_is_answered_in_its_place(
-        self, answer: Answer, llm: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        chat = [{"role": "user", "content": "Grüße"}]
-        content = [
-            json.dumps({"prompt": "x" * 40}),
-            "nonsense",
-            json.dumps({"prompt": [1, 2, 3]}),
-            json.dumps({"messages": chat}),
-            json.dumps({"prompt": ""}),
-            json.dumps({"prompt": "x" * 600}),
-            json.dumps({"messages": [{"role": "user"}]}),
-            json.dumps({"prompt": "\ud800"}),
-            json.dumps({"prompt": [320]}),
-            json.dumps({"prompt": "é"}),
-        ]
-        output = tmp_path / "out.jsonl"
-        assert answer(llm, read_lines(write(tmp_path, "\n".join(content))), output) == 1
-        found = read(output)
-        assert [each["index"] for each in found] == list(range(10))
-        wrong = {each["index"]: each["error"] for each in found if "error" in each}
-        assert all(set(each) == {"index", "error"} for each in found if "error" in each)
-        assert [(index, sentence.split(":")[0]) for index, sentence in wrong.items()] == [
-            (index, f"line {index + 1}") for index in (1, 4, 5, 6, 7, 8)
-        ]
-        assert "600 tokens" in wrong[5]
-        assert "512" in wrong[5]
-        prompts: list[str | list[int]] = ["x" * 40, [1, 2, 3], "é"]
-        expected = llm.generate(prompts, PARAMS)
-        for index, one in [(0, expected[0]), (2, expected[1]), (3, llm.chat(chat, PARAMS)), (9, expected[2])]:
-            assert found[index] == {
-                "index": index,
-                "prompt": one.prompt,
-                "text": one.text,
-                "token_ids": list(one.token_ids),
-                "finish_reason": "length",
-                "usage": {"prompt_tokens": one.usage.prompt_tokens, "completion_tokens": 6},
-            }
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        said = [line for line in captured.err.splitlines() if line.startswith("distllm: error: ")]
-        assert said == [f"distllm: error: {sentence}" for sentence in wrong.values()]
-
-    def test_all_answered_is_success(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        assert answer(llm, lines_of("a", "b"), tmp_path / "out") == 0
-
-    def test_none_to_answer(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        assert answer(llm, lines_of(""), tmp_path / "out") == 1
-        assert [set(each) for each in read(tmp_path / "out")] == [{"index", "error"}]
-
-    def test_without_a_file_the_answers_go_to_standard_output(
-        self, answer: Answer, llm: LLM, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert answer(llm, lines_of("a", "", "é"), None) == 1
-        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert [(each["index"], each.get("prompt")) for each in found] == [(0, "a"), (1, None), (2, "é")]
-
-    def test_what_has_no_room_is_told_and_the_rest_answered(
-        self, answer: Answer, reader: Reader, tmp_path: Path
-    ) -> None:
-        engine = EngineConfig(kv_tokens=64, block_tokens=16)
-        with LLM(reader, cluster=ClusterConfig(threads=1), engine=engine) as little:
-            assert answer(little, lines_of("x" * 40, "x" * 100, "", "b"), tmp_path / "out") == 1
-        found = read(tmp_path / "out")
-        assert [set(each) == {"index", "error"} for each in found] == [False, True, True, False]
-        assert found[1]["error"] == (
-            "line 2: the prompt has 100 tokens; there is KV room for 64: raise engine.kv_tokens"
-        )
-
-    def test_half_a_character_goes_through(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        asked = {"messages": [{"role": "user", "content": "hi", "name": "\ud800"}]}
-        lines = read_lines(write(tmp_path, json.dumps(asked)))
-        assert answer(llm, lines, tmp_path / "out") == 0
-        assert read(tmp_path / "out")[0]["prompt"] == asked["messages"]
-
-    def test_order_is_kept_when_answers_end_out_of_order(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        ended: list[int] = []
-        watched = Watched(llm, lambda done: ended.append(len(done.token_ids)))
-        assert answer(watched, lines_of("long", "b", "c"), tmp_path / "out") == 0
-        assert ended == [6, 6, 40]
-        assert [(each["index"], each["prompt"]) for each in read(tmp_path / "out")] == [(0, "long"), (1, "b"), (2, "c")]
-
-    @pytest.mark.parametrize("error", [EngineError("rank 1 is gone"), KeyboardInterrupt()], ids=["engine", "ctrl-c"])
-    @pytest.mark.parametrize("old", [None, "old answers"], ids=["new", "old"])
-    def test_an_engine_that_fails_leaves_the_old_file(
-        self, answer: Answer, llm: LLM, tmp_path: Path, error: BaseException, old: str | None
-    ) -> None:
-        output = tmp_path / "out"
-        if old is not None:
-            output.write_text(old)
-        told: list[Output] = []
-
-        def fail_half_way(done: Output) -> None:
-            told.append(done)
-            if len(told) == 2:
-                raise error
-
-        with pytest.raises(type(error)):
-            answer(Watched(llm, fail_half_way), lines_of("a", "b", "c", "d"), output)
-        assert [path.name for path in tmp_path.iterdir()] == ([] if old is None else ["out"])
-        assert old is None or output.read_text() == old
-        assert answer(llm, lines_of("a"), output) == 0, "the engine goes on"
-
-    def test_the_old_file_stays_until_the_new_one_is_whole(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        output = tmp_path / "out"
-        output.write_text("old")
-        seen: list[tuple[str, int]] = []
-        watched = Watched(llm, lambda _: seen.append((output.read_text(), len(list(tmp_path.iterdir())))))
-        assert answer(watched, lines_of("a", "b"), output) == 0
-        assert seen == [("old", 2)] * 2
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        assert len(read(output)) == 2
-
-    def test_a_new_file_is_as_open_as_others_and_an_old_one_as_before(
-        self, answer: Answer, llm: LLM, tmp_path: Path
-    ) -> None:
-        before = os.umask(0o027)
-        try:
-            answer(llm, lines_of("a"), tmp_path / "new")
-            (tmp_path / "old").touch()
-            (tmp_path / "old").chmod(0o600)
-            answer(llm, lines_of("a"), tmp_path / "old")
-        finally:
-            os.umask(before)
-        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")]
-        assert modes == [0o640, 0o600]
-
-    def test_a_link_stays_a_link(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        (tmp_path / "there").mkdir()
-        (tmp_path / "link").symlink_to("there/out")
-        answer(llm, lines_of("a"), tmp_path / "link")
-        assert (tmp_path / "link").is_symlink()
-        assert len(read(tmp_path / "there" / "out")) == 1
-
-    def test_the_longest_name_there_is(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        assert answer(llm, lines_of("a"), tmp_path / ("n" * 255)) == 0
-
-    def test_a_disk_that_fills_up_leaves_the_old_file(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        output = tmp_path / "out"
-        output.write_text("old")
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        try:
-            with pytest.raises(OSError, match=f"^output={output}: File too large; nothing was written there$"):
-                answer(llm, lines_of("a", "b"), output)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            signal.signal(signal.SIGXFSZ, before)
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-        assert output.read_text() == "old"
-
-    def test_a_folder_that_went_away(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
-        with pytest.raises(OSError, match=f"^output={tmp_path}/no/out: No such file or directory; nothing was written"):
-            answer(llm, lines_of("a"), tmp_path / "no" / "out")
 
 
 def test_stream_writes_the_text_and_a_newline(reader: Reader, llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

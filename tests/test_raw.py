@@ -16,7 +16,9 @@ from distllm.model.files import ITEM_BYTES, TensorInfo, read_header
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 INFOS = st.builds(TensorInfo, st.just("any.safetensors"), SHAPES, st.sampled_from(sorted(ITEM_BYTES)))
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12).filter(
+    lambda name: name != raw.METADATA
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -36,6 +38,11 @@ def test_a_head_is_read_by_others(tensors: dict[str, TensorInfo], tmp_path: Path
         assert opened.metadata() == {"format": "pt"}
         for name, info in tensors.items():
             assert tuple(opened.get_tensor(name).shape) == info.shape
+
+
+def test_a_name_that_is_no_tensors() -> None:
+    with pytest.raises(ValueError, match="a tensor is called __metadata__"):
+        raw.layout({raw.METADATA: TensorInfo("any.safetensors", (1,), "F32")})
 
 
 def test_the_default_model_is_read_alike(smollm2: Path) -> None:

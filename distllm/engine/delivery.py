@@ -23,6 +23,12 @@ class Delivery:
         self._stops = StopStrings(request.params.stop)
         self._sink = sink
 
+    def replay(self) -> None:
+        """Hands on the text of the tokens that the request brings along, in one piece."""
+        if generated := self.request.generated:
+            texts = [self._stops.push(self._detokenizer.push(token))[0] for token in generated]
+            self._sink(Piece("".join(texts), generated))
+
     def push(self, token: int, reason: FinishReason | None) -> bool:
         """Takes the next token and hands on the text that is certain; True if a stop string ends the answer here."""
         ends_by_token = reason == "stop"

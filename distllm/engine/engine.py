@@ -99,9 +99,10 @@ class Engine:
             ValueError: the ranks have too little KV room for it.
         """
         room = self.job.plan.kv_tokens
-        if len(request.tokens) >= room:
+        if request.known >= room:
+            so_far = " with its answer so far" if request.generated else ""
             raise ValueError(
-                f"{name} has {len(request.tokens)} tokens; there is KV room for {room}: raise engine.kv_tokens"
+                f"{name} has {request.known} tokens{so_far}; there is KV room for {room}: raise engine.kv_tokens"
             )
 
     def submit(self, request: Request, sink: Sink) -> int:
@@ -116,7 +117,9 @@ class Engine:
         """
         self.check_room(request, "the prompt")
         request = replace(request, id=next(self._numbers))
-        self.master.submit(Delivery(request, self._tokenizer, sink))
+        delivery = Delivery(request, self._tokenizer, sink)
+        delivery.replay()
+        self.master.submit(delivery)
         return request.id
 
     def stats(self) -> dict[str, object]:

@@ -16,15 +16,22 @@ CHUNK_BYTES = 4 * 2**20
 LENGTH_BYTES = 8
 # What is used where it lies in a mapped file had better begin where the CPU's wide registers want it.
 ALIGNED_BYTES = 64
+# The one name of a header that is no tensor.
+METADATA = "__metadata__"
 
 
 def layout(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
     """The head of a file of these tensors, and where in the file each begins, in the order in which they lie.
 
     Wide numbers come first, so that every tensor begins at a multiple of its numbers' size; else names tell the order.
+
+    Raises:
+        ValueError: a tensor has the one name that such a file has no room for.
     """
+    if METADATA in tensors:
+        raise ValueError(f"a tensor is called {METADATA}, which safetensors files use for something else")
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {METADATA: {"format": "pt"}}
     offsets, end = {}, 0
     for name in order:
         info = tensors[name]
@@ -42,7 +49,7 @@ def starts(path: Path) -> dict[str, int]:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         header = json.loads(file.read(length))
     data = LENGTH_BYTES + length
-    return {name: data + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return {name: data + entry["data_offsets"][0] for name, entry in header.items() if name != METADATA}
 
 
 def chunks(file: BinaryIO, start: int, nbytes: int) -> Iterator[bytes]:

@@ -154,12 +154,13 @@ class Scheduler:
         """
         assert request.id not in self._jobs, f"request {request.id} is here already"
         assert request.tokens, "a prompt has at least one token"
-        if len(request.tokens) + 1 > self._pool_tokens:
+        assert len(request.generated) < request.params.max_tokens, "its answer is whole"
+        if request.known + 1 > self._pool_tokens:
             raise ValueError(
-                f"the prompt has {len(request.tokens)} tokens and needs KV room for one more, but there is room for "
+                f"the prompt has {request.known} tokens and needs KV room for one more, but there is room for "
                 f"{self._pool_tokens} tokens in all: shorten the prompt, raise engine.kv_tokens or add memory"
             )
-        job = _Job(request, self._next_age, list(request.tokens))
+        job = _Job(request, self._next_age, [*request.tokens, *request.generated])
         self._next_age += 1
         self._jobs[request.id] = job
         self._waiting.append(job)
