@@ -72,12 +72,7 @@ def serve_here(cluster: ClusterConfig | None = None) -> int:
     rendezvous = store.newcomer(cluster.join, cluster.join_timeout_s) if cluster.join else launched()
     if rendezvous is None or rendezvous.rank == 0:
         raise ValueError("serve_here() is for the ranks of torchrun other than 0, and with cluster.join")
-    return process.serve(
-        rendezvous,
-        interface=cluster.interface,
-        join_timeout_s=cluster.join_timeout_s,
-        deadline_s=cluster.deadline_s,
-    )
+    return process.serve(rendezvous, cluster)
 
 
 class LLM:

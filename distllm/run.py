@@ -60,28 +60,59 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _lead(given: Sequence[str]) -> int:
     _listen_to_signals()
-    began = False
+    began = over = False
+    if (code_before := _concluded()) is not None:
+        return code_before
     try:
         try:
             config = _configured(given)
             began = config is not None and config.cluster.join is None
             code = _run(config) if config is not None else 0
             sys.stdout.flush()
+            over = True
         finally:
             _ignore_signals()
     except BrokenPipeError:
-        code = 1  # whoever read standard output has had enough
+        code, over = 1, True  # whoever read standard output has had enough
     except (ValueError, EngineError, OSError) as error:
         code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
+        over = isinstance(error, ValueError)
     except KeyboardInterrupt:
-        code = _say("interrupted", 130)
+        code, over = _say("interrupted", 130), True
     except Terminated as end:
         verdict = _verdict_behind(end)
         code = _say("ended by SIGTERM", 143) if verdict is None else _say(str(verdict), 1)
+    if over:
+        _conclude(code)
     # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended.
     if began and _number("WORLD_SIZE", 1) > 1:
         _dismiss(code)
     return code
+
+
+def _conclude(code: int) -> None:
+    """Tells processes that the launcher starts again that there is nothing left to do."""
+    if _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0:
+        from distllm.llm import launched
+        from distllm.net import store
+
+        with suppress(ValueError):  # a launcher that cannot be understood has been complained of
+            if (rendezvous := launched()) is not None:
+                store.conclude(rendezvous, code)
+
+
+def _concluded() -> int | None:
+    """How the job has ended, if the launcher has started this process again in spite of that."""
+    if _number("TORCHELASTIC_RESTART_COUNT", 0) == 0:
+        return None
+    from distllm.llm import launched
+    from distllm.net import store
+
+    try:
+        rendezvous = launched()
+    except ValueError:  # it will be complained of
+        return None
+    return None if rendezvous is None else store.concluded(rendezvous)
 
 
 def _number(variable: str, default: int) -> int:
@@ -271,6 +302,8 @@ def _shard(config: Config) -> int:
 def _follow(given: Sequence[str], rank: int) -> int:
     """What a launcher's rank other than 0 does; rank 0 speaks for all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if (code := _concluded()) is not None:
+        return code
     try:
         flags, overrides = split_arguments(given)
         if flags.help or flags.cfg:

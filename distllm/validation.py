@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "cluster.load_timeout_s": _positive(DAY_S, " seconds"),
     "cluster.deadline_s": _within(1, DAY_S, " seconds"),
     "cluster.recovery_deadline_s": _within(0, DAY_S, " seconds"),
+    "cluster.orphan_deadline_s": _within(0, DAY_S, " seconds"),
     "cluster.restarts": _within(0, 10**6),
     "quantization.group": (lambda numbers: numbers in (32, 64, 128, 256), "32, 64, 128 or 256"),
     "quantization.stages": (lambda ranks: all(rank >= 0 for rank in ranks), "numbers of ranks, from 0"),

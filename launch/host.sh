@@ -12,7 +12,7 @@ shift 3
 port=29500
 case $master in *:*) port=${master##*:} master=${master%:*} ;; esac
 restarts="${MAX_RESTARTS:-100}"
-[ "$rank" != 0 ] || restarts=0 # nothing goes on without rank 0
+[ "$rank" != 0 ] || restarts="${MASTER_MAX_RESTARTS:-3}" # whoever comes in its place begins to load anew
 environment
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$python" -m torch.distributed.run --nnodes "$ranks" --node-rank "$rank" --nproc-per-node 1 \

@@ -15,6 +15,7 @@ from distllm.net import store
 PEER = """
 import sys
 from distllm.net import control
+from distllm.net.group import AgentId
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
 
@@ -45,7 +46,7 @@ from torch.distributed.rpc import _utils
 
 def crowd(size):
     for index in range(size):
-        node.agent._store.set(f"addrs/extra{index}", "uv://127.0.0.1:1")
+        node.agent._group._store.set(f"addrs/extra{index}", "uv://127.0.0.1:1")
         _utils._update_group_membership(rpc.WorkerInfo(f"extra{index}", 1000 + index), [], {}, True)
 
 peers = {}
@@ -54,7 +55,7 @@ for line in sys.stdin:
     verb, *rest = line.split()
     try:
         if verb == "know":
-            peers[rest[0]] = control.Peer(control.AgentId(rest[0], int(rest[1])), "echo")
+            peers[rest[0]] = control.Peer(AgentId(rest[0], int(rest[1])), "echo")
             print("ok", flush=True)
         elif verb == "echo":
             print(peers[rest[0]].ask("echo", {"a": (1, 2)}, timeout_s=5).wait(), flush=True)
@@ -63,7 +64,7 @@ for line in sys.stdin:
         elif verb == "name":
             print(control.call_by_name(rest[0], "echo", "echo", 5, timeout_s=5), flush=True)
         elif verb == "bury":
-            control_id = control.AgentId(rest[0], int(rest[1]))
+            control_id = AgentId(rest[0], int(rest[1]))
             node.agent.bury([control_id]) if rest[2] == "all" else control.bury_here(control_id)
             print("ok", flush=True)
         elif verb == "strays":

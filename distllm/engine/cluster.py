@@ -25,7 +25,8 @@ from distllm.engine.local import LocalRanks
 from distllm.engine.orders import Status, finished_in_words, in_words
 from distllm.engine.registrar import Registered, Registrar
 from distllm.engine.shares import Shares
-from distllm.net.control import AgentId, Answer, PeerLost, ask_by_name, call_by_name, expose
+from distllm.net.control import Answer, PeerLost, ask_by_name, call_by_name, expose
+from distllm.net.group import AgentId
 from distllm.net.node import Node
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ POLL_S = 0.1
 ORDER_TIMEOUT_S = 10.0  # an order is only dropped into an inbox, but it lists every tensor of the model
 VERDICT_TIMEOUT_S = 1.0
 WATCH_S = 2.0
+# A rank that lost its master registers with the next one at once; one that died with it must be started first.
+SUCCESSION_S = 20.0
 
 
 class Verdict(EngineError):
@@ -140,11 +143,16 @@ class Cluster:
         return {0: self._me} | {rank: each.member for rank, each in sorted(others.items())}
 
     def _gather(self, world_size: int, timeout_s: float) -> dict[int, Registered]:
+        """All ranks that the job was started with; a master that succeeds another goes on with those that come soon."""
         wanted = set(range(1, world_size))
         deadline = time.monotonic() + timeout_s
+        soon = time.monotonic() + min(timeout_s, SUCCESSION_S)
         while missing := wanted - self._registrar.taken().keys():
             self._registrar.check()
             self._check_joining(wanted, self._registrar.taken())
+            if self.node.succeeds and time.monotonic() > soon:
+                logger.warning("going on without ranks %s, which did not come again", sorted(missing))
+                break
             if time.monotonic() > deadline:
                 raise EngineError(f"ranks {sorted(missing)} did not register within {timeout_s:g} s; did they start?")
             time.sleep(POLL_S / 2)

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from distllm.core import Member
+from distllm.net import address
 
 PACKAGES = ("distllm", "torch", "transformers")
 
@@ -20,12 +21,11 @@ PACKAGES = ("distllm", "torch", "transformers")
 def describe(rank: int) -> Member:
     """This process as a member of the job."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return Member(
         life=uuid.uuid4().hex[:12],
         rank=rank,
         host=socket.gethostname(),
-        boot_id=boot_id,
+        boot_id=address.boot_id(),
         pid=os.getpid(),
         pid_namespace=os.readlink("/proc/self/ns/pid"),
         started=psutil.Process().create_time(),

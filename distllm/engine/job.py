@@ -53,15 +53,34 @@ class Job:
         self.crew = Crew(cluster, options)
         if cluster is not None:
             cluster.lets_go(options.cluster.recovery_deadline_s > 0)
-        self.members: Sequence[Member] = self.crew.everybody()
-        _check_ranks(wanted, len(self.members))
         self.sizes: ModelSizes = blueprint.sizes_with(options.quantization)
-        self.wish = stored_wish(_wish(options, blueprint.sizes), blueprint, len(self.members))
-        self.plan: Plan = self._first_plan()
-        check_stored(self.plan, blueprint.checkpoint)
+        self._take_stock(wanted)
         self._epochs = Epochs(options, blueprint, cluster)
         self._growth = Growth(self.crew, self._epochs)
         self._strength = len(self.plan.stages)
+
+    def _take_stock(self, wanted: Options) -> None:
+        """Who is there, and who holds what. After the death of a master, ranks that are still missing are waited for.
+
+        Raises:
+            ValueError: the model does not fit, or not as it is cut on disk.
+        """
+        patience_s = self.options.cluster.recovery_deadline_s if self._cluster and self._cluster.node.succeeds else 0.0
+        deadline = time.monotonic() + patience_s
+        while True:
+            self.members: Sequence[Member] = self.crew.everybody()
+            try:
+                _check_ranks(wanted, len(self.members))
+                self.wish = stored_wish(_wish(self.options, self.blueprint.sizes), self.blueprint, len(self.members))
+                self.plan: Plan = self._first_plan()
+                check_stored(self.plan, self.blueprint.checkpoint)
+                return
+            except ValueError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                logger.debug("%s", error)
+            self.crew.look_around(ring=())
+            time.sleep(POLL_S)
 
     def _first_plan(self) -> Plan:
         """With KV room for a whole context if that fits, else for a chunk: the balance must not eat up the room."""

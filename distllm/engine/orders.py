@@ -11,7 +11,7 @@ from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
 from distllm.model.manifest import Manifest
 from distllm.model.pushed import Told
-from distllm.net.control import AgentId
+from distllm.net.group import AgentId
 from distllm.net.push import Offer
 
 # Below the id of any step; steps that only time the stages have ids below 0 too.
@@ -88,13 +88,18 @@ class UnloadOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class RestOrder:
+    """There is no master: keep the weights, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopOrder:
     """End the process with this exit code."""
 
     code: int
 
 
-Order = LoadOrder | JoinOrder | UnloadOrder | StopOrder
+Order = LoadOrder | JoinOrder | UnloadOrder | RestOrder | StopOrder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

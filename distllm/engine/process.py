@@ -14,12 +14,13 @@ import threading
 import time
 from dataclasses import replace
 
+from distllm.config import ClusterConfig
 from distllm.core import Member
 from distllm.engine import host
-from distllm.engine.orders import Registration
+from distllm.engine.allegiance import Allegiance
 from distllm.engine.worker import Worker
 from distllm.model.blueprint import preload
-from distllm.net.control import JoinFailed, PeerLost, call_by_name, expose
+from distllm.net.control import JoinFailed, PeerLost, expose
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
 
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
 MASTER_PULSE_S = 2.0
-REGISTER_TIMEOUT_S = 30.0
 # A launcher that ends a job signals all ranks at once. Those that are well stay this long, so that the master can still
 # ask who was not.
 LINGER_S = 4.0
@@ -37,13 +37,23 @@ LEAVE_S = 25.0
 LAST_WORD_S = 0.5
 
 
-class Watch:
-    """The main thread of a worker: ends the process when the job is over, however it ends."""
+class Unled(Exception):
+    """This rank has no master, and will have none."""
 
-    def __init__(self, master: str, member: Member, deadline_s: float) -> None:
-        self._master = master
+
+class Watch:
+    """The main thread of a worker: ends the process when the job is over, however it ends.
+
+    Args:
+        orphan_deadline_s: how long to wait for another master when the last one is gone.
+    """
+
+    def __init__(self, allegiance: Allegiance, member: Member, worker: Worker, orphan_deadline_s: float) -> None:
+        self._allegiance = allegiance
         self._member = member
-        self._deadline_s = deadline_s
+        self._worker = worker
+        self._orphan_deadline_s = orphan_deadline_s
+        self._orphan_since: float | None = None
         self._parent = os.getppid()
         self._terminated_at: float | None = None
         self._may_stay_s: float | None = None
@@ -58,8 +68,12 @@ class Watch:
     def _on_terminate(self, *_: object) -> None:
         self._terminated_at = self._terminated_at or time.monotonic()
 
+    def is_over(self) -> bool:
+        """Whether this process was told to end, or its parent is gone."""
+        return self._terminated_at is not None or os.getppid() != self._parent
+
     def wait(self) -> int:
-        """Returns the exit code when the worker ends, its parent or master is gone, or it was told to terminate."""
+        """Returns the exit code when the worker ends, its parent or all masters are gone, or it was told to end."""
         next_pulse = time.monotonic() + MASTER_PULSE_S
         while not self.done.wait(WATCH_INTERVAL_S):
             now = time.monotonic()
@@ -68,34 +82,65 @@ class Watch:
             if os.getppid() != self._parent:
                 logger.warning("%s: its launcher is gone; ending", self._member)
                 return 1
-            if now >= next_pulse:
-                next_pulse = now + MASTER_PULSE_S
-                gone = self._master_is_gone()
-                if gone is not None and not self.done.wait(LAST_WORD_S):
-                    logger.warning("%s ends: %s", self._member, gone)
+            if now < next_pulse:
+                continue
+            try:
+                next_pulse = self._pulse(now)
+            except Unled as end:
+                if not self.done.wait(LAST_WORD_S):
+                    logger.warning("%s ends: %s", self._member, end)
                     return 1
         return self.code
+
+    def _pulse(self, now: float) -> float:
+        """Looks for the master; returns when to look again.
+
+        Raises:
+            Unled: this rank has none, and will have none.
+        """
+        if self._orphan_since is not None:
+            self._look_for_master(now, self._orphan_since)
+            return now if self._orphan_since is not None else now + MASTER_PULSE_S
+        try:
+            if not self._allegiance.knows():
+                raise Unled("the master does not know it")
+        except PeerLost as lost:
+            self._lose_master(lost, now)
+        return now + MASTER_PULSE_S
+
+    def _lose_master(self, lost: PeerLost, now: float) -> None:
+        reason = f"of the master, {lost.reason}"
+        if self._orphan_deadline_s <= 0:
+            raise Unled(reason)
+        if self.done.wait(LAST_WORD_S):
+            return
+        try:
+            self._worker.rest()
+        except ConnectionError as error:
+            raise Unled(f"{reason}; {error}") from error
+        logger.warning("%s waits for another master for %.0f s: %s", self._member, self._orphan_deadline_s, reason)
+        self._orphan_since = now
+
+    def _look_for_master(self, now: float, since: float) -> None:
+        try:
+            found = self._allegiance.renew()
+        except (ValueError, ConnectionError) as error:
+            raise Unled(str(error)) from error
+        if found:
+            logger.warning("%s has a master again, after %.1f s", self._member, now - since)
+            self._orphan_since = None
+        elif now - since > self._orphan_deadline_s:
+            raise Unled(f"no other master came within {self._orphan_deadline_s:g} s")
 
     def _stays_s(self) -> float:
         """How long after SIGTERM: until others have its part, if the master sees to that."""
         if self._may_stay_s is None:
-            try:
-                goes_on = call_by_name(self._master, "master", "leave", self._member.life, timeout_s=MASTER_PULSE_S)
-            except PeerLost:
-                goes_on = False
+            goes_on = self._orphan_since is None and self._allegiance.may_leave()
             self._may_stay_s = LEAVE_S if goes_on else LINGER_S
         return self._may_stay_s
 
-    def _master_is_gone(self) -> str | None:
-        """Why this rank has no master any more; None while it has."""
-        try:
-            known = call_by_name(self._master, "master", "knows", self._member.life, timeout_s=self._deadline_s)
-        except PeerLost as lost:
-            return f"of the master, {lost.reason}"
-        return None if known else "the master does not know it"
 
-
-def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: float, deadline_s: float) -> int:
+def serve(rendezvous: Rendezvous, cluster: ClusterConfig) -> int:
     """Registers with the master and serves it until the job ends; returns the exit code.
 
     Raises:
@@ -103,38 +148,31 @@ def serve(rendezvous: Rendezvous, *, interface: str | None, join_timeout_s: floa
     """
     preload()
     try:
-        node = Node(rendezvous, interface, join_timeout_s)
+        node = Node(rendezvous, cluster.interface, cluster.join_timeout_s)
     except ConnectionError as error:
         # When rank 0 gives up or ends, it has said why.
         level = logging.WARNING if isinstance(error, JoinFailed) else logging.INFO
         logger.log(level, "rank %d ends: %s", rendezvous.rank, error)
         return 1
     try:
-        return _serve_on(node, join_timeout_s=join_timeout_s, deadline_s=deadline_s)
+        return _serve_on(node, cluster)
     finally:
         node.leave()
 
 
-def _serve_on(node: Node, *, join_timeout_s: float, deadline_s: float) -> int:
+def _serve_on(node: Node, cluster: ClusterConfig) -> int:
     rank = node.rendezvous.rank
     worker = Worker(rank, node)
     expose("worker", worker)
+    member = replace(host.describe(rank), life=node.life)
+    allegiance = Allegiance(node, member, cluster.deadline_s)
+    watch = Watch(allegiance, member, worker, cluster.orphan_deadline_s)
+    watch.listen()
     try:
-        master = node.find_master(join_timeout_s)
+        allegiance.pledge(cluster.join_timeout_s, unless=watch.is_over)
     except ConnectionError as error:
         logger.info("rank %d ends: %s", rank, error)
         return 1
-    member = replace(host.describe(rank), life=node.life)
-    watch = Watch(master, member, deadline_s)
-    watch.listen()
-    try:
-        refusal = call_by_name(
-            master, "master", "register", Registration(member, node.identity), timeout_s=REGISTER_TIMEOUT_S
-        )
-    except PeerLost as lost:
-        raise ValueError(f"rank {rank} could not register: of the master, {lost.reason}") from lost
-    if refusal:
-        raise ValueError(f"{member} was refused: {refusal}")
     threading.Thread(target=_run, args=(worker, watch), name="distllm-worker", daemon=True).start()
     code = watch.wait()
     if not watch.done.is_set():
@@ -179,7 +217,11 @@ def main() -> None:
         rank=given.rank, world_size=given.world_size, host=given.host, port=given.port, job=given.job, one_host=True
     )
     try:
-        code = serve(rendezvous, interface=None, join_timeout_s=given.join_timeout_s, deadline_s=given.deadline_s)
+        # Without rank 0 this process ends at once.
+        code = serve(
+            rendezvous,
+            ClusterConfig(join_timeout_s=given.join_timeout_s, deadline_s=given.deadline_s, orphan_deadline_s=0.0),
+        )
     except ValueError as error:
         logger.error("%s", error)
         code = 1

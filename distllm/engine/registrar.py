@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from distllm.core import EngineError, Member
 from distllm.engine.orders import Registration
-from distllm.net.control import AgentId, Peer, PeerLost, call_by_name
+from distllm.net.control import Peer, PeerLost, call_by_name
+from distllm.net.group import AgentId
 
 CONFIRM_TIMEOUT_S = 20.0
 PREDECESSOR_TIMEOUT_S = 1.0

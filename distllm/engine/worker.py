@@ -19,11 +19,12 @@ from torch import Tensor
 
 from distllm.engine import host
 from distllm.engine.loading import Kept, Loaded, load
-from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Order, Status, StopOrder, UnloadOrder
+from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Order, RestOrder, Status, StopOrder, UnloadOrder
 from distllm.model import pages
 from distllm.net import frame as frames
-from distllm.net.control import AgentId, bury_here
+from distllm.net.control import bury_here
 from distllm.net.frame import Frame, Kind, StageTime
+from distllm.net.group import AgentId
 from distllm.net.node import Node
 from distllm.net.wire import Wire, WireBroken
 
@@ -90,6 +91,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._snapshot = Snapshot()
         self._loaded: Loaded | None = None
+        self._kept: Kept | None = None
 
     # Verbs, called by the master.
 
@@ -115,6 +117,15 @@ class Worker:
     def status(self) -> Status:
         return self._snapshot.read()
 
+    def rest(self) -> None:
+        """Without a master: stops computing and gives its KV memory back; weights are kept for the next one.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        self._node.call_off(self._snapshot.read().epoch)
+        self._inbox.put(RestOrder())
+
     def _take(self, order: Order, epoch: int) -> bool:
         """Drops an order into the inbox; one of an older epoch is refused."""
         taken = self._snapshot.take(epoch)
@@ -137,6 +148,9 @@ class Worker:
                     self._do("in the ring", partial(self._serve_ring, order))
                 case UnloadOrder():
                     self._do("unloading", self._unload)
+                case RestOrder():
+                    self._keep()
+                    pages.give_back_memory()
 
     def _do(self, state: str, action: Callable[[], None]) -> None:
         """Carries out an order; this is the edge at which a failure of any kind becomes a word to the master."""
@@ -153,16 +167,21 @@ class Worker:
         else:
             self._snapshot.carried_out()
 
+    def _keep(self) -> None:
+        """Of what is loaded, what the next order may need."""
+        if self._loaded is not None:
+            self._kept, self._loaded = Kept.of(self._loaded), None
+
     def _unload(self) -> None:
-        self._loaded = None
+        self._loaded = self._kept = None
         pages.give_back_memory()
         self._snapshot.note(loaded_bytes=0)
 
     def _load(self, order: LoadOrder) -> None:
         torch.set_num_threads(order.threads)
         self._snapshot.note(loaded_bytes=0)
-        kept = None if self._loaded is None else Kept.of(self._loaded)
-        self._loaded = None
+        self._keep()
+        kept, self._kept = self._kept, None
         self._loaded = load(order, self.rank, self._snapshot.add_loaded, kept)
         self._snapshot.note(read_bytes=self._loaded.read_bytes, held_bytes=self._loaded.runner.shard.nbytes)
 

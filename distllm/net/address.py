@@ -68,5 +68,9 @@ def routing_to(host: str, port: int) -> Interface:
 
 def network_id() -> str:
     """The same for two processes if loopback connects them: same boot of the same kernel, same network namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/net')}"
+    return f"{boot_id()}/{os.readlink('/proc/self/ns/net')}"
+
+
+def boot_id() -> str:
+    """The same for all processes of a host from its start to its end."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

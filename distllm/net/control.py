@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,19 +20,13 @@ from torch.distributed.rpc import _utils as rpc_utils
 from torch.distributed.rpc import api as rpc_api
 
 from distllm.net.address import Interface
+from distllm.net.group import AgentId, Group
 from distllm.net.store import reached
 
 logger = logging.getLogger(__name__)
 
 LISTEN_S = 0.005
-# Those that live bury a member that died; one that comes in its place gives them so long.
-BURIAL_S = 10.0
-BURIAL_POLL_S = 0.05
 ANSWER_TIMEOUT_S = 2.0
-TOKEN_S = 60.0  # nobody takes so long to join or leave
-
-_MEMBERS = "names/_ALL_WORKER_INFOS"
-_TOKEN = "RpcGroupManagementToken"
 
 
 class PeerLost(Exception):
@@ -46,14 +39,6 @@ class PeerLost(Exception):
         self.timed_out = timed_out
 
 
-@dataclass(frozen=True, slots=True)
-class AgentId:
-    """How the group knows a process life; names and ids are never used twice."""
-
-    name: str
-    id: int
-
-
 class JoinFailed(ConnectionError):
     """The group cannot be joined: a member that is listed does not answer."""
 
@@ -63,20 +48,21 @@ class Agent:
 
     Args:
         name: the rank, an underscore and what is this process's alone.
+        succeeds: it is the master, in place of one before.
 
     Raises:
         JoinFailed: another member does not answer.
         ConnectionError: the store is gone.
     """
 
-    def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float) -> None:
+    def __init__(self, store: Store, name: str, interface: Interface, timeout_s: float, *, succeeds: bool) -> None:
         with reached():
             self.identity = AgentId(name, int(store.add("agents", 1)))
-        self._token_seen = "", 0.0
-        self._store = PrefixStore("rpc", store)
-        self._store.set_timeout(timedelta(seconds=timeout_s))
+        members = PrefixStore("rpc", store)
+        members.set_timeout(timedelta(seconds=timeout_s))
         with reached():
-            self._outlive_predecessors()
+            self._group = Group(members, self.identity)
+            self._group.make_way(succeeds)
         if interface.name:
             os.environ["TP_SOCKET_IFNAME"] = interface.name
         options = rpc.TensorPipeRpcBackendOptions(
@@ -85,23 +71,31 @@ class Agent:
         dist_autograd._init(self.identity.id)
         try:
             rpc._init_rpc_backend(
-                rpc.BackendType.TENSORPIPE, self._store, self.identity.name, self.identity.id, None, options
+                rpc.BackendType.TENSORPIPE, members, self.identity.name, self.identity.id, None, options
             )
         except RuntimeError as error:  # it calls every member that is listed, the dead ones too
             logger.debug("joining the group: %s", error)
             with reached():
-                self._strike_off(self.identity)
+                self._group.strike_off(self.identity)
             raise JoinFailed(f"cannot join the other ranks within {timeout_s:g} s; has one died?") from error
 
-    def _outlive_predecessors(self) -> None:
-        """Waits until the group has buried the processes that had this one's rank; strikes them off if it does not."""
-        rank = self.identity.name.partition("_")[0]
-        until = time.monotonic() + BURIAL_S
-        while before := [each for each in self._listed() if each.name.partition("_")[0] == rank]:
-            if time.monotonic() > until:
-                for each in before:
-                    self._strike_off(each)
-            time.sleep(BURIAL_POLL_S)
+    def others(self) -> list[AgentId]:
+        """The other members.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with reached():
+            return [each for each in self._group.listed() if each != self.identity]
+
+    def answer(self) -> None:
+        """Tells a new master, before it joins, that this process lives.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with reached():
+            self._group.answer()
 
     def bury_strays(self, known: Collection[AgentId], suspects: Collection[AgentId]) -> list[AgentId]:
         """Buries members that died before anybody knew them: as long as they are listed, nobody can join.
@@ -116,61 +110,39 @@ class Agent:
         Raises:
             ConnectionError: the store is gone.
         """
+        strays = [each for each in self.others() if each not in known]
         with reached():
-            strays = [each for each in self._listed() if each not in known and each != self.identity]
             for each in strays:
                 if each in suspects and is_dead(each.name):
                     self.bury([each])
-            self._free_old_token()
+            self._group.free_old_token()
         return strays
-
-    def _free_old_token(self) -> None:
-        """One that dies while it joins or leaves may be listed nowhere, and nobody can take its turn."""
-        held, since = self._token_seen
-        if (now_held := self._token()) != held:
-            self._token_seen = now_held, time.monotonic()
-        elif held and time.monotonic() - since > TOKEN_S:
-            self._free_token(held)
-
-    def _listed(self) -> list[AgentId]:
-        listed = self._store.get(_MEMBERS).decode().split(",") if self._store.check([_MEMBERS]) else []
-        return [AgentId(name, int(number)) for name, _, number in (each.rpartition("-") for each in listed) if name]
 
     def bury(self, dead: Sequence[AgentId]) -> None:
         """Forgets members that are gone, in this process and in the group's store, so that others can join."""
         for each in dead:
-            self._strike_off(each)
+            self._group.strike_off(each)
             bury_here(each)
 
     def bury_others(self) -> None:
         """Forgets every other member of the group; all of them must have ended."""
-        self.bury([member for member in self._listed() if member != self.identity])
-        self._free_token("")  # one that was not listed yet may hold it
-
-    def _strike_off(self, member: AgentId) -> None:
-        entry = f"{member.name}-{member.id},"
-        while self._store.check([_MEMBERS]) and entry in (listed := self._store.get(_MEMBERS).decode()):
-            self._store.compare_set(_MEMBERS, listed, listed.replace(entry, ""))  # others may change it meanwhile
-        self._store.delete_key(f"names/{member.id}")
-        self._store.delete_key(f"addrs/{member.name}")
-        self._free_token(member.name)
-
-    def _free_token(self, name: str) -> None:
-        """Lets others join or leave, in place of one that ended in the middle of doing so."""
-        held = self._token()
-        if held and name in held:
-            self._store.set(_TOKEN, "")
-            self._store.set(held, "Done")  # who waits, waits for this
-
-    def _token(self) -> str:
-        """Who is joining or leaving; nothing if nobody is."""
-        return self._store.get(_TOKEN).decode() if self._store.check([_TOKEN]) else ""
+        self.bury(self.others())
+        self._group.free_token("")  # one that was not listed yet may hold it
 
 
 def bury_here(dead: AgentId) -> None:
     """Forgets a member in this process."""
     info = rpc.WorkerInfo(dead.name, dead.id)
     rpc_utils._update_group_membership(info, [], {}, False)
+
+
+def bury_by_name(name: str) -> None:
+    """Forgets a member in this process.
+
+    Raises:
+        RuntimeError: there is none of that name.
+    """
+    bury_here(AgentId(name, rpc.get_worker_info(name).id))
 
 
 def leave() -> None:

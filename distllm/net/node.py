@@ -9,7 +9,8 @@ from torch.distributed import Store
 
 from distllm.net import control, store
 from distllm.net.address import Interface, loopback
-from distllm.net.control import Agent, AgentId
+from distllm.net.control import Agent
+from distllm.net.group import AgentId
 from distllm.net.store import Rendezvous
 from distllm.net.wire import Wire, WireBroken, call_off
 
@@ -19,6 +20,9 @@ LATE_JOIN_TIMEOUT_S = 20.0
 
 class Node:
     """One process life's place in a job; torch allows one for each process, so it is kept.
+
+    Attributes:
+        succeeds: it is rank 0, and the job had a master before it.
 
     Args:
         interface: name of the network interface to use between hosts; None finds it.
@@ -43,7 +47,9 @@ class Node:
         name = f"rank{rendezvous.rank}_{self.life}"
         # One that joins a job while another of its ranks dies waits for that in vain, and keeps others from joining.
         timeout_s = min(join_timeout_s, LATE_JOIN_TIMEOUT_S) if store.has_begun(self.store) else join_timeout_s
-        self.agent = Agent(store.connect(rendezvous, CONNECT_TIMEOUT_S), name, self.interface, timeout_s)
+        self.succeeds = rendezvous.rank == 0 and self.master() is not None
+        rpc_store = store.connect(rendezvous, CONNECT_TIMEOUT_S)
+        self.agent = Agent(rpc_store, name, self.interface, timeout_s, succeeds=self.succeeds)
 
     @property
     def identity(self) -> AgentId:
@@ -66,18 +72,13 @@ class Node:
         with store.reached():
             self.store.set(store.BEGUN, "")
 
-    def find_master(self, timeout_s: float) -> str:
-        """The name of rank 0's agent.
+    def master(self) -> str | None:
+        """The name of the agent that said last that it is the master; it may be gone.
 
         Raises:
-            ValueError: no master appeared in time.
             ConnectionError: the store is gone, or rank 0 gave up.
         """
-        if store.wait_for(self.store, [store.MASTER], timeout_s):
-            raise ValueError(f"rank 0 did not come up within {timeout_s:g} s")
-        with store.reached():
-            name: str = self.store.get(store.MASTER).decode()
-        return name
+        return store.master(self.store)
 
     def new_epoch(self) -> int:
         """A number that no epoch of this job has had.

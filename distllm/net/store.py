@@ -30,6 +30,7 @@ LAST_AGENT = "torchelastic/agent/terminal_state/last_member"
 POLL_S = 0.05
 CONNECT_SLICE_S = 10.0
 PROBE_TIMEOUT_S = 2.0
+CONCLUDED_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +180,9 @@ def wait_for(store: Store, keys: Sequence[str], timeout_s: float) -> list[str]:
     deadline = time.monotonic() + timeout_s
     with reached():
         while (missing := [key for key in keys if not store.check([key])]) and time.monotonic() < deadline:
-            _check_given_up(store)
+            master(store)
             time.sleep(POLL_S)
-        _check_given_up(store)
+        master(store)
     return missing
 
 
@@ -195,9 +196,19 @@ def has_begun(store: Store) -> bool:
         return bool(store.check([BEGUN]))
 
 
-def _check_given_up(store: Store) -> None:
-    if store.check([MASTER]) and store.get(MASTER) == GIVEN_UP.encode():
+def master(store: Store) -> str | None:
+    """Who said last that it is the master.
+
+    Raises:
+        ConnectionError: the store is gone, or rank 0 gave up.
+    """
+    with reached():
+        if not store.check([MASTER]):
+            return None
+        name: str = store.get(MASTER).decode()
+    if name == GIVEN_UP:
         raise ConnectionError("rank 0 gave up")
+    return name
 
 
 def choose_interface(rendezvous: Rendezvous, store: Store, wish: str | None, timeout_s: float) -> Interface:
@@ -249,6 +260,28 @@ def release_launchers(rendezvous: Rendezvous) -> None:
             timeout=timedelta(seconds=CONNECT_SLICE_S),
         )
         PrefixStore(rendezvous.run_id, client).set(LAST_AGENT, "")
+
+
+def conclude(rendezvous: Rendezvous, code: int) -> None:
+    """Says that the job is over, so that a launcher that starts its ranks again does so in vain."""
+    if rendezvous.run_id is not None:
+        with suppress(ValueError, RuntimeError):  # the launcher has ended, and will start nothing
+            _client(rendezvous.host, rendezvous.port, CONCLUDED_TIMEOUT_S).set(_concluded(rendezvous), str(code))
+
+
+def concluded(rendezvous: Rendezvous) -> int | None:
+    """The exit code of a job that is over."""
+    try:
+        client = _client(rendezvous.host, rendezvous.port, CONCLUDED_TIMEOUT_S)
+        key = _concluded(rendezvous)
+        return int(client.get(key)) if client.check([key]) else None
+    except (ValueError, RuntimeError) as error:
+        logger.debug("the store: %s", error)
+        return None
+
+
+def _concluded(rendezvous: Rendezvous) -> str:
+    return f"distllm/concluded/{rendezvous.run_id}"
 
 
 def give_up(rendezvous: Rendezvous) -> None:
