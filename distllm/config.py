@@ -100,7 +100,7 @@ class ClusterConfig:
     deadline_s: float = key(30.0, "a rank that makes no progress for so long has hung")
     recovery_deadline_s: float = key(120.0, "longest time to go on after losing a rank; 0 gives up at once")
     orphan_deadline_s: float = key(
-        300.0, "longest time that the other ranks wait for another rank 0 when theirs is gone; 0 ends them at once"
+        300.0, "longest time that ranks wait for another rank 0 when theirs is gone; 0 ends them at once"
     )
     restarts: int = key(3, "how often each rank of workers= that is lost is started again; torchrun has --max-restarts")
 

@@ -218,6 +218,8 @@ def _generate(config: Config) -> int:
 
     output = None if config.output is None else Path(config.output)
     params = config.sampling.params()
+    if output is None and _number("TORCHELASTIC_RESTART_COUNT", 0) > 0:
+        logger.warning("rank 0 was started again, and begins anew; with prompts=FILE output=FILE it would go on")
     if config.prompts is None:
         prompt = generate.read_prompt(DEFAULT_PROMPT if config.prompt is None else config.prompt)
         reader = Reader(config.model)

@@ -37,6 +37,9 @@ print(node.identity.name, node.identity.id, flush=True)
 sys.stdin.readline()
 """
 
+# One of another host, whose end nobody here can see.
+FOREIGN = "from distllm.net import group\ngroup._process = lambda: ('another host', 1, 0.0)\n" + PEER
+
 MASTER = (
     PEER.replace("sys.stdin.readline()\n", "")
     + """
@@ -113,7 +116,7 @@ def test_the_group_lives_through_deaths(port: int) -> None:
     try:
         master.hear()
         for round_ in range(3):
-            processes.append(peer := Process(PEER, 1 + round_, port))
+            processes.append(peer := Process(FOREIGN, 1 + round_, port))
             name = peer.hear()
             assert name, "the newcomer joined although others had died"
             agent = name.split()[0]
@@ -156,10 +159,23 @@ def test_who_comes_in_place_of_a_dead_one_waits_for_its_burial_and_sees_to_it(po
     try:
         master.hear()
         for _ in range(2):
-            processes.append(peer := Process(PEER, 1, port))
+            processes.append(peer := Process(FOREIGN, 1, port))
             assert peer.hear().startswith("rank1_")
             os.kill(peer.popen.pid, signal.SIGKILL)
             assert peer.popen.wait(10) == -signal.SIGKILL
+    finally:
+        _end(processes)
+
+
+@pytest.mark.timeout(60)
+def test_who_comes_strikes_off_the_dead_of_its_host(port: int) -> None:
+    processes = [peer := Process(PEER, 1, port)]
+    try:
+        assert peer.hear()
+        os.kill(peer.popen.pid, signal.SIGKILL)
+        assert peer.popen.wait(10) == -signal.SIGKILL
+        processes.append(other := Process(PEER, 2, port))
+        assert other.hear().startswith("rank2_")
     finally:
         _end(processes)
 
@@ -190,7 +206,7 @@ def test_a_reference_to_a_buried_peer_can_be_dropped(port: int) -> None:
 
 @pytest.mark.timeout(60)
 def test_a_rank_that_cannot_join_says_so(port: int) -> None:
-    processes = [peer := Process(PEER, 1, port)]
+    processes = [peer := Process(FOREIGN, 1, port)]
     try:
         assert peer.hear()
         os.kill(peer.popen.pid, signal.SIGKILL)

@@ -1,8 +1,10 @@
-"""How a rank ends: with the code that the master gave it, even if the master is gone by the time it asks."""
+"""How a rank ends, or waits for another master: told by what its master answers, or does not."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -12,51 +14,162 @@ from distllm.engine.process import Watch
 from distllm.net.control import PeerLost
 
 MEMBER = Member(life="life", rank=1, host="here", boot_id="boot", pid=1, memory_bytes=1, cores=1)
+CLOSED = PeerLost("master", "its connection is closed", timed_out=False)
+WAITS = f"{MEMBER} waits for another master for 10 s: of the master, its connection is closed"
+
+
+class Master:
+    """What a rank hears of its master, and of the next one: an answer, or an error."""
+
+    def __init__(self) -> None:
+        self.known: bool | Exception = True
+        self.renewed: bool | Exception = False
+        self.asked = threading.Event()
+
+    def knows(self) -> bool:
+        self.asked.set()
+        return _said(self.known)
+
+    def renew(self) -> bool:
+        return _said(self.renewed)
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.rests = 0
+        self.gone: Exception | None = None
+
+    def rest(self) -> None:
+        self.rests += 1
+        if self.gone:
+            raise self.gone
+
+
+def _said(answer: bool | Exception) -> bool:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+def master() -> Master:
+    return Master()
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+@pytest.fixture
+def watch(master: Master, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watch]:
     monkeypatch.setattr(process, "WATCH_INTERVAL_S", 0.01)
     monkeypatch.setattr(process, "MASTER_PULSE_S", 0.0)
-    return Watch("master", MEMBER, deadline_s=1.0)
+    monkeypatch.setattr(process, "LAST_WORD_S", 0.05)
+    return lambda orphan_deadline_s=10.0: Watch(master, MEMBER, worker, orphan_deadline_s)
 
 
-def closed(*_: object, **__: object) -> bool:
-    raise PeerLost("master", "its connection is closed", timed_out=False)
-
-
+@pytest.mark.parametrize("orphan_deadline_s", [0.0, 10.0])
 def test_a_master_that_ended_the_job_has_the_last_word(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    watch: Callable[..., Watch],
+    master: Master,
+    orphan_deadline_s: float,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Its order to stop is carried out a moment after its connection was found closed."""
-    asked = threading.Event()
+    monkeypatch.setattr(process, "LAST_WORD_S", 5.0)
+    mine = watch(orphan_deadline_s)
 
     def carry_out() -> None:
-        asked.wait(10)
-        watch.code = 0
-        watch.done.set()
+        master.asked.wait(10)
+        mine.code = 0
+        mine.done.set()
 
-    def gone(*_: object, **__: object) -> bool:
-        asked.set()
-        return closed()
-
-    monkeypatch.setattr(process, "call_by_name", gone)
+    master.known = CLOSED
     thread = threading.Thread(target=carry_out)
     thread.start()
-    assert watch.wait() == 0
+    assert mine.wait() == 0
     thread.join(10)
-    assert asked.is_set()
+    assert master.asked.is_set()
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
-    [(closed, "of the master, its connection is closed"), (lambda *_, **__: False, "the master does not know it")],
+    ("answer", "orphan_deadline_s", "told"),
+    [
+        (CLOSED, 0.0, "of the master, its connection is closed"),
+        (False, 0.0, "the master does not know it"),
+        (False, 10.0, "the master does not know it"),
+    ],
 )
-def test_a_rank_without_a_master_ends(
-    answer: object, told: str, watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_rank_that_has_no_master_any_more_ends(
+    watch: Callable[..., Watch],
+    master: Master,
+    worker: Worker,
+    answer: bool | Exception,
+    orphan_deadline_s: float,
+    told: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(process, "LAST_WORD_S", 0.05)
-    monkeypatch.setattr(process, "call_by_name", answer)
-    assert watch.wait() == 1
+    master.known = answer
+    assert watch(orphan_deadline_s).wait() == 1
     assert [record.message for record in caplog.records] == [f"{MEMBER} ends: {told}"]
+    assert worker.rests == 0
+
+
+def test_a_rank_rests_until_it_has_a_master_again(
+    watch: Callable[..., Watch], master: Master, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = watch()
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(mine.wait()))
+    thread.start()
+    for lives in range(1, 3):
+        master.known = CLOSED
+        _until(lambda lives=lives: caplog.text.count("waits for another master") == lives)
+        assert worker.rests == lives
+        master.known = master.renewed = True
+        _until(lambda lives=lives: caplog.text.count("has a master again") == lives)
+        master.renewed = False
+    mine.code = 3
+    mine.done.set()
+    thread.join(10)
+    assert codes == [3]
+    assert caplog.records[0].message == WAITS
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (False, "no other master came within 0.2 s"),
+        (ValueError("it was refused: it has torch 1, the master 2"), "it was refused: it has torch 1, the master 2"),
+        (ConnectionError("the job's store is gone"), "the job's store is gone"),
+    ],
+)
+def test_a_rank_that_finds_no_other_master_ends(
+    watch: Callable[..., Watch],
+    master: Master,
+    answer: bool | Exception,
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    master.known, master.renewed = CLOSED, answer
+    assert watch(0.2).wait() == 1
+    assert caplog.records[-1].message == f"{MEMBER} ends: {told}"
+
+
+def test_a_rank_whose_store_is_gone_too_ends(
+    watch: Callable[..., Watch], master: Master, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    master.known, worker.gone = CLOSED, ConnectionError("the job's store is gone")
+    assert watch().wait() == 1
+    told = f"{MEMBER} ends: of the master, its connection is closed; the job's store is gone"
+    assert [record.message for record in caplog.records] == [told]
+
+
+def _until(seen: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -39,9 +40,10 @@ class Job:
         found = {}
         for launcher in self.launchers:
             for process in _children(launcher.pid):
-                rank = process.environ().get("RANK")
-                if rank is not None and "distllm" in " ".join(process.cmdline()):
-                    found[int(rank)] = process
+                with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+                    rank = process.environ().get("RANK")
+                    if rank is not None and "distllm" in " ".join(process.cmdline()):
+                        found[int(rank)] = process
         self.seen |= {process.pid: process for process in found.values()}
         return found
 
