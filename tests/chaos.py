@@ -17,18 +17,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import chaos_master
 from fakes import tiny_checkpoint
 from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, strike, workers
+from faulty import killed_for_memory
+from tolls import OUT_OF_MEMORY, WAIT_S, WOKEN, Fault, Toll, table, wait_until
 
 from distllm import LLM, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
@@ -36,44 +37,25 @@ from distllm.engine import local
 from distllm.plan import membership
 
 RANKS = 4
-WAIT_S = 90.0
 FAULTY = Path(__file__).parent / "faulty.py"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGSEGV": signal.SIGSEGV}
-WOKEN = "SIGSTOP, woken"
 INSIDE = {"SIGKILL": "kill", "SIGSEGV": "segfault", "exception": "raise", "_exit": "exit", "hang": "hang"}
-IN_A_STEP = INSIDE | {"SIGSTOP": "stop", WOKEN: "stop"}
+ON_THE_NET = {"reset": "reset", "half-open": "half-open"}
+IN_A_STEP = INSIDE | ON_THE_NET | OUT_OF_MEMORY | {"SIGSTOP": "stop", WOKEN: "stop"}
 TARGETS = {"second": 1, "middle": 2, "last": RANKS - 1}
+SPARE = "spare"
 BY_SIGNAL = ("idle", "recovery")
 PLACES = {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load"}
 COMING = {"joining": "load", "arriving": "arrive"}
 
 
-@dataclass(frozen=True)
-class Fault:
-    """What happens to which stage of the ring, and when."""
-
-    kind: str
-    phase: str
-    target: str
-
-
-@dataclass
-class Toll:
-    """What faults of one kind, phase and target have cost so far."""
-
-    faults: int = 0
-    lost: int = 0
-    different: int = 0
-    noticed_s: list[float] = field(default_factory=list)
-    next_token_s: list[float] = field(default_factory=list)
-
-
-def matrix() -> list[Fault]:
+def matrix(spares: int) -> list[Fault]:
     """Every fault that makes sense: signals from outside, or what the rank does to itself in a certain place."""
+    idle = itertools.product((*SIGNALS, WOKEN), ("idle", "decode"), (SPARE,) * min(spares, 1))
     outside = itertools.product((*SIGNALS, WOKEN), BY_SIGNAL, TARGETS)
     steps = itertools.product(IN_A_STEP, ("prompt", "decode"), TARGETS)
     places = itertools.product(INSIDE, ("forming", "loading", *COMING), TARGETS)
-    return [Fault(*each) for each in itertools.chain(outside, steps, places)]
+    return [Fault(*each) for each in itertools.chain(outside, steps, places, idle)]
 
 
 class Verdicts(logging.Handler):
@@ -163,18 +145,14 @@ class Requests:
         return next((at for at in self.came if at >= when), None)
 
 
-def wait_until(seen: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not seen():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
-
-
 class Chaos:
     """One engine, and the faults that it lives through."""
 
-    def __init__(self, llm: LLM, requests: Requests, verdicts: Verdicts, folder: Path, chance: random.Random) -> None:
+    def __init__(
+        self, llm: LLM, spares: int, requests: Requests, verdicts: Verdicts, folder: Path, chance: random.Random
+    ) -> None:
         self._llm = llm
+        self._spares = spares
         self._requests = requests
         self.verdicts = verdicts
         self._folder = folder
@@ -185,7 +163,14 @@ class Chaos:
         self._requests.cancel()
 
     def whole(self) -> bool:
-        return len(self._llm.plan.stages) == RANKS
+        """Every rank has come back; the ring is as long as it was, and spares stand by."""
+        ring = {stage.rank for stage in self._llm.plan.stages}
+        return len(ring) == RANKS and len(self._here(ring)) == self._spares
+
+    def _here(self, ring: Collection[int]) -> list[int]:
+        """Spares that have loaded what they may have to take over."""
+        crew, epochs = self._llm._engine.job.crew, self._llm._engine.job._epochs
+        return [rank for rank in epochs.held(crew.everybody()) if rank not in ring]
 
     def strike(self, fault: Fault) -> None:
         """One fault, and what it cost, until the ring is whole again."""
@@ -201,7 +186,7 @@ class Chaos:
             self._requests.go_on()
         toll = self.tolls.setdefault(fault, Toll())
         toll.faults += 1
-        if fault.kind == WOKEN or fault.phase in COMING:
+        if fault.kind == WOKEN or fault.phase in COMING or fault.target == SPARE:
             self._requests.wait_for(50)  # no ring breaks
         else:
             self._measure(toll, began)
@@ -223,7 +208,7 @@ class Chaos:
         return struck
 
     def _measure(self, toll: Toll, began: float) -> None:
-        words = ("is lost", "hangs in", "failed in", "stands still", "no such kernel")
+        words = ("is lost", "hangs in", "failed in", "stands still", "no such kernel", "the ring broke although")
         wait_until(lambda: self.verdicts.first_after(began, *words), "the fault was not noticed")
         noticed = self.verdicts.first_after(began, *words)
         assert noticed is not None
@@ -236,6 +221,8 @@ class Chaos:
     def _happens(self, fault: Fault) -> float:
         """Makes it happen, and proves it; returns when it did."""
         ring = [stage.rank for stage in self._llm.plan.stages]
+        if fault.target == SPARE:
+            return self._signal(next(rank for rank in workers() if rank not in ring), fault.kind)
         victim = ring[TARGETS[fault.target]]
         other = next(rank for rank in ring[1:] if rank != victim)
         if fault.phase in BY_SIGNAL:
@@ -254,6 +241,9 @@ class Chaos:
         if fault.phase in ("forming", "loading"):
             strike(workers()[other], signal.SIGKILL)
         began = self._proven(order)
+        if fault.kind in OUT_OF_MEMORY:
+            wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE, "it is not killed")
+            assert killed_for_memory(process.pid), "it was not for its memory"
         if IN_A_STEP[fault.kind] == "stop":
             wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "it does not stop")
         if fault.kind == WOKEN:
@@ -340,22 +330,6 @@ class Gauge:
         return (statistics.median(mine[-10:]) - statistics.median(mine[len(mine) // 10 :][:10])) / 10**6
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def table(tolls: dict[Fault, Toll]) -> Iterator[str]:
-    times = "noticed, s | next token, s (median, 99 %)"
-    yield f"| fault | phase | target | runs | requests lost | tokens different | {times} |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for fault, toll in sorted(tolls.items(), key=lambda item: (item[0].kind, item[0].phase, item[0].target)):
-        noticed = f"{statistics.median(toll.noticed_s):.2f}" if toll.noticed_s else ""
-        after = toll.next_token_s
-        came = f"{statistics.median(after):.2f}, {percentile(after, 0.99):.2f}" if after else ""
-        counts = f"{toll.faults} | {toll.lost} | {toll.different}"
-        yield f"| {fault.kind} | {fault.phase} | {fault.target} | {counts} | {noticed} | {came} |"
-
-
 def run(given: argparse.Namespace, folder: Path) -> int:
     verdicts = Verdicts()
     logger = logging.getLogger("distllm")
@@ -370,11 +344,12 @@ def run(given: argparse.Namespace, folder: Path) -> int:
             wanted[params] = [output.token_ids for output in llm.generate([*PROMPTS, LONG], params)]
     local.LocalRanks.program = (str(FAULTY), str(folder))
     deadlines = {"deadline_s": DEADLINE_S, "load_timeout_s": DEADLINE_S, "join_timeout_s": 20.0}
-    cluster = ClusterConfig(workers=RANKS, threads=1, restarts=10**6, **deadlines)
+    spares = given.spares
+    cluster = ClusterConfig(workers=RANKS + spares, spares=spares, threads=1, restarts=10**6, **deadlines)
     engine = EngineConfig(kv_tokens=8192, prompt_chunk=32)
     with LLM(model, dtype="float32", cluster=cluster, engine=engine, plan=PlanConfig(calibrate=False)) as llm:
         requests = Requests(llm, wanted)
-        chaos = Chaos(llm, requests, verdicts, folder, random.Random(given.seed))
+        chaos = Chaos(llm, spares, requests, verdicts, folder, random.Random(given.seed))
         if given.minutes:
             gauge = Gauge(requests)
             struck = chaos.soak(given.minutes, given.every)
@@ -394,7 +369,7 @@ def run(given: argparse.Namespace, folder: Path) -> int:
 def every_fault(chaos: Chaos, given: argparse.Namespace) -> int:
     """As many as are wanted of each in turn, in an order by chance."""
     chance = random.Random(given.seed)
-    faults = [each for each in matrix() if given.only in f"{each.kind} {each.phase} {each.target}"]
+    faults = [each for each in matrix(given.spares) if given.only in f"{each.kind} {each.phase} {each.target}"]
     schedule: list[Fault] = []
     while len(schedule) < given.faults:
         schedule += chance.sample(faults, len(faults))
@@ -415,14 +390,23 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="faults whose kind, phase and target contain this")
+    parser.add_argument("--torchrun", action="store_true", help="strike jobs under torchrun, rank 0 too")
+    parser.add_argument("--spares", type=int, default=0, help="ranks that stand by; faults strike them too")
     parser.add_argument("--minutes", type=float, default=0, help="a soak in place of the faults by turns")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two faults of a soak")
     parser.add_argument("--plot", help="file for a picture of a soak, .png")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(message)s")
     with tempfile.TemporaryDirectory() as name:
-        code = run(given, Path(name))
-    sys.exit(code)
+        sys.exit(run_jobs(given, Path(name)) if given.torchrun else run(given, Path(name)))
+
+
+def run_jobs(given: argparse.Namespace, folder: Path) -> int:
+    tolls, requests = chaos_master.run(given, folder)
+    lost, different = (sum(getattr(toll, name) for toll in tolls.values()) for name in ("lost", "different"))
+    print("\n".join(table(tolls)))
+    print(f"\n{given.faults} faults, {requests} requests, {lost} lost, {different} different")
+    return int(lost + different > 0)
 
 
 if __name__ == "__main__":
