@@ -68,6 +68,7 @@ class Cluster:
         self.node = node
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
+        self._deadline_s = deadline_s
         self._registrar = Registrar(self._me, local.came if local else lambda _: None)
         self.on_news = self._registrar.on_news
         expose("master", self._registrar)
@@ -82,7 +83,6 @@ class Cluster:
         self.ring: Collection[int] = ()
         self._gone: dict[AgentId, PeerLost] = {}
         self._silent: dict[AgentId, float] = {}
-        self._deadline_s = deadline_s
         self._calls = threading.Lock()  # torch does not take it well if a member is buried that is being called
         self._ended = threading.Event()
         threading.Thread(target=self._watch, name="distllm-watch", daemon=True).start()
@@ -206,7 +206,7 @@ class Cluster:
         Raises:
             EngineError: a rank did not take it; names it.
         """
-        for rank, answer in self._ask(verb, orders, ORDER_TIMEOUT_S).items():
+        for rank, answer in self._ask(verb, orders, min(ORDER_TIMEOUT_S, self._deadline_s)).items():
             if isinstance(answer, PeerLost):
                 raise self.lost({rank: answer}, {})
             if answer is not True:

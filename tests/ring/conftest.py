@@ -49,13 +49,14 @@ class Job:
 
     def wait_for_text(self) -> None:
         """Until rank 0 is in the middle of its answer."""
-        self._wait_until(lambda: self.out.stat().st_size >= 40)
+        self.wait_until(lambda: self.out.stat().st_size >= 40)
 
     def wait_for_error(self, text: str) -> None:
         """Until this stands on standard error."""
-        self._wait_until(lambda: text in self.err.read_text())
+        self.wait_until(lambda: text in self.err.read_text())
 
-    def _wait_until(self, seen: Callable[[], bool]) -> None:
+    def wait_until(self, seen: Callable[[], bool]) -> None:
+        """While the job runs."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while not seen():
             assert self.launchers[0].poll() is None, f"ended early: {self.err.read_text()}"

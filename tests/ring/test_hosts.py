@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import Job
+from faults import strike
 from sockets import listening
 
 from distllm import LLM, SamplingParams
@@ -22,6 +26,7 @@ from distllm import LLM, SamplingParams
 DEADLINE_S = 3
 END_S = 10.0
 PORT = 29400
+HOST = Path(__file__).parents[2] / "launch" / "host.sh"
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
@@ -138,3 +143,52 @@ def test_a_host_that_is_cut_off_and_comes_back_costs_nothing(start: Start, hosts
     assert re.search(r"rank 1 \(host \S+, pid \d+\) is lost: it does not answer", said), said
     assert len(re.findall(r"rank 1 \(host \S+, pid \d+\) holds layers", said)) == 2, "it has a part again"
     assert not cut_off.is_running()
+
+
+@pytest.mark.slow
+def test_a_slow_link_is_waited_for(start: Start, hosts: Hosts, model: Path) -> None:
+    """Slower than what the ring sends, for longer than the deadline: nobody is given up."""
+    asked = SamplingParams(max_tokens=2500, ignore_eos=True)
+    with LLM(model, dtype="float32") as llm:
+        answer = llm.generate("hello", asked)[0].text
+    words = ["model.dtype=float32", "sampling.max_tokens=2500", "sampling.ignore_eos=true", "engine.kv_tokens=4096"]
+    job = start(job_on(hosts, model, *words, "plan.calibrate=false", "prompt=hello"))
+    job.wait_for_text()
+    slow = ["rate", "64kbit", "burst", "2kb", "latency", "5s"]
+    for host in range(2):
+        hosts.run(host, "tc", "qdisc", "add", "dev", "wire", "root", "tbf", *slow)
+    before = job.out.stat().st_size
+    time.sleep(2 * DEADLINE_S)
+    assert job.out.stat().st_size > before, "it goes on"
+    show = ["ip", "netns", "exec", hosts.names[0], "tc", "-s", "qdisc", "show", "dev", "wire"]
+    told = subprocess.run(show, capture_output=True, text=True, check=True, timeout=10).stdout
+    assert int(re.findall(r"overlimits (\d+)", told)[0]) > 0, f"the link was never too slow: {told}"
+    for host in range(2):
+        hosts.run(host, "tc", "qdisc", "del", "dev", "wire", "root")
+    assert job.wait(120) == [0, 0], job.err.read_text()
+    assert job.out.read_text() == f"{answer}\n"
+    assert "is lost" not in job.err.read_text()
+
+
+@pytest.mark.slow
+def test_rank_0_of_another_host_comes_again(start: Start, hosts: Hosts, model: Path, tmp_path: Path) -> None:
+    """By the script for hosts."""
+    asked = SamplingParams(max_tokens=3000, ignore_eos=True)
+    prompts = ["hello", "some words"]
+    with LLM(model, dtype="float32") as llm:
+        answers = [each.text for each in llm.generate(prompts, asked)]
+    (tmp_path / "prompts").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+    words = [f"model.path={model}", "model.dtype=float32", "sampling.max_tokens=3000", "sampling.ignore_eos=true"]
+    words += ["engine.kv_tokens=8192", "cluster.threads=1", "plan.calibrate=false", f"cluster.deadline_s={DEADLINE_S}"]
+    words += [f"prompts={tmp_path / 'prompts'}", f"output={tmp_path / 'out'}"]
+    script, master = str(HOST), f"{hosts.addresses[0]}:{PORT}"
+    job = start([hosts.command(host, script, str(host), "2", master, *words) for host in range(2)])
+    wal = tmp_path / "out.journal-wal"
+    job.wait_until(lambda: wal.exists() and wal.stat().st_size > 2**15)
+    before = job.ranks()
+    strike(before[0], signal.SIGKILL)
+    job.wait_for_error("has a master again")
+    assert job.ranks()[1] == before[1]
+    assert job.wait(120) == [0, 0], job.err.read_text()
+    found = [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()]
+    assert found == answers
