@@ -44,6 +44,7 @@ def launched(environ: Mapping[str, str] = os.environ) -> Rendezvous | None:
             job=f"{environ.get('TORCHELASTIC_RUN_ID', 'none')}-{_restarts_of_all(environ)}",
             hosts_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
             run_id=environ.get("TORCHELASTIC_RUN_ID"),
+            restarted=environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
         )
     except KeyError as missing:
         raise ValueError(f"RANK and WORLD_SIZE are set, but {missing} is not; start the ranks with torchrun") from None

@@ -61,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _lead(given: Sequence[str]) -> int:
     _listen_to_signals()
     began = over = False
-    if (code_before := _concluded()) is not None:
-        return code_before
     try:
         try:
+            if (before := _concluded()) is not None:
+                return before
             config = _configured(given)
             began = config is not None and config.cluster.join is None
             code = _run(config) if config is not None else 0
@@ -102,7 +102,11 @@ def _conclude(code: int) -> None:
 
 
 def _concluded() -> int | None:
-    """How the job has ended, if the launcher has started this process again in spite of that."""
+    """How the job has ended, if the launcher has started this process again in spite of that.
+
+    Raises:
+        ConnectionError: nobody can tell, because the launcher of rank 0 has ended.
+    """
     if _number("TORCHELASTIC_RESTART_COUNT", 0) == 0:
         return None
     from distllm.llm import launched
@@ -302,10 +306,25 @@ def _shard(config: Config) -> int:
 
 
 def _follow(given: Sequence[str], rank: int) -> int:
-    """What a launcher's rank other than 0 does; rank 0 speaks for all."""
+    """What a launcher's rank other than 0 does; rank 0 speaks for all.
+
+    One that was started again may come too late, and must not fail for that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if (code := _concluded()) is not None:
-        return code
+    restarted = _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+    try:
+        code = _concluded()
+        if code is None:
+            code = _serve(given, rank)
+            over = _concluded() if code and restarted else None
+            code = code if over is None else over
+    except ConnectionError:
+        print(f"rank {rank} was started again, but the job has ended meanwhile", file=sys.stderr)
+        code = 0
+    return code
+
+
+def _serve(given: Sequence[str], rank: int) -> int:
     try:
         flags, overrides = split_arguments(given)
         if flags.help or flags.cfg:

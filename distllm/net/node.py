@@ -15,6 +15,7 @@ from distllm.net.store import Rendezvous
 from distllm.net.wire import Wire, WireBroken, call_off
 
 CONNECT_TIMEOUT_S = 60.0
+RECONNECT_TIMEOUT_S = 5.0
 LATE_JOIN_TIMEOUT_S = 20.0
 
 
@@ -38,7 +39,9 @@ class Node:
         self.life = uuid.uuid4().hex[:12]
         # Rank 0 of a launcher without a store keeps it open for the job by holding on to it.
         self._served = store.serve(rendezvous) if rendezvous.hosts_store and rendezvous.rank == 0 else None
-        self.store: Store = store.connect(rendezvous, min(CONNECT_TIMEOUT_S, join_timeout_s))
+        # What a process that was started again does not find at once was there, and is gone.
+        connect_s = RECONNECT_TIMEOUT_S if rendezvous.restarted else CONNECT_TIMEOUT_S
+        self.store: Store = store.connect(rendezvous, min(connect_s, join_timeout_s))
         self.interface: Interface = (
             loopback()
             if rendezvous.one_host

@@ -38,7 +38,8 @@ class Rendezvous:
     """Where the ranks of a job meet.
 
     `job` separates jobs and restarts that share a store. `hosts_store` says that rank 0 opens the store itself, because
-    no launcher did; `one_host` that all ranks are known to be on this host. `run_id` is torchrun's, if it started them.
+    no launcher did; `one_host` that all ranks are known to be on this host. `run_id` is torchrun's, if it started them;
+    `restarted` that it has started this process again.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Rendezvous:
     hosts_store: bool = False
     one_host: bool = False
     run_id: str | None = None
+    restarted: bool = False
 
 
 def serve_on_loopback() -> tuple[Store, int]:
@@ -270,14 +272,18 @@ def conclude(rendezvous: Rendezvous, code: int) -> None:
 
 
 def concluded(rendezvous: Rendezvous) -> int | None:
-    """The exit code of a job that is over."""
+    """The exit code of a job that is over; None if it is not.
+
+    Raises:
+        ConnectionError: the store is gone.
+    """
+    key = _concluded(rendezvous)
     try:
         client = _client(rendezvous.host, rendezvous.port, CONCLUDED_TIMEOUT_S)
-        key = _concluded(rendezvous)
+    except ValueError as error:
+        raise ConnectionError(str(error)) from error
+    with reached():
         return int(client.get(key)) if client.check([key]) else None
-    except (ValueError, RuntimeError) as error:
-        logger.debug("the store: %s", error)
-        return None
 
 
 def _concluded(rendezvous: Rendezvous) -> str:

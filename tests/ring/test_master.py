@@ -230,3 +230,17 @@ def test_a_job_that_has_ended_is_not_run_again(tmp_path: Path, model: Path) -> N
     assert done.stderr.count("distllm: error: line 2: is not JSON") == 1
     assert done.stderr.count("holds embeddings") == 1, "the model was loaded again"
     assert len((tmp_path / "out").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_started_again_too_late_ends_well(batch: Batch, wanted: Wanted) -> None:
+    """What is left to do takes no longer than a start."""
+    shared = ["--master-addr=127.0.0.1", f"--master-port={free_port()}", "--nnodes=3", "--nproc-per-node=1"]
+    agents = [[*TORCHRUN, *shared, "--max-restarts=3", f"--node-rank={rank}", "-m", "distllm.run"] for rank in range(3)]
+    job = batch.start(*agents)
+    batch.wait_for_tokens(job)
+    strike(job.ranks()[1], signal.SIGKILL)
+    began = time.monotonic()
+    ends_well(job)
+    assert time.monotonic() - began < 60, "it waited for a store that is gone"
+    assert batch.answers() == wanted[GREEDY]
