@@ -153,6 +153,9 @@ class PlanConfig:
     layers: list[int] | None = key(None, "layers of each rank for strategy=manual, such as [10,10,10]")
     memory_fraction: float = key(0.9, "share of the free memory that weights and KV may take")
     calibrate: bool = key(True, "time the stages after loading and move layers if that pays (strategy=balanced)")
+    replicate: list[int] | None = key(
+        None, "ranks whose part a neighbour holds too, such as [1,2], to take it over without loading"
+    )
     min_gain: float = key(0.05, "move layers only if a step gets faster by this share")
 
 

@@ -130,6 +130,17 @@ class Span:
     def is_empty(self) -> bool:
         return not (self.layers or self.embed or self.head)
 
+    def overlaps(self, other: Span) -> bool:
+        """Whether something belongs to both."""
+        layers = max(self.start, other.start) < min(self.stop, other.stop)
+        return layers or (self.embed and other.embed) or (self.head and other.head)
+
+    def joined(self, other: Span) -> Span:
+        """Both as one; they must touch."""
+        assert max(self.start, other.start) <= min(self.stop, other.stop), "there is a gap"
+        start, stop = min(self.start, other.start), max(self.stop, other.stop)
+        return Span(start, stop, embed=self.embed or other.embed, head=self.head or other.head)
+
     def __str__(self) -> str:
         middle = f"layers {self.start}-{self.stop - 1}" if self.layers else ""
         parts = ("embeddings" if self.embed else "", middle, "head" if self.head else "")

@@ -60,6 +60,7 @@ RULES: dict[str, Rule] = {
     "weights.streams": _within(1, 64),
     "plan.layers": (lambda counts: all(count >= 0 for count in counts), "numbers of 0 or more"),
     "plan.memory_fraction": _positive(1),
+    "plan.replicate": (lambda ranks: all(rank >= 1 for rank in ranks), "numbers of ranks, from 1"),
     "plan.min_gain": _within(0, 1, ", a share of a step's time"),
     "engine.max_requests": _within(1, 4096),
     "engine.prompt_chunk": _within(1, 65536),

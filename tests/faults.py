@@ -37,8 +37,9 @@ def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
     return [output.token_ids for output in outputs]
 
 
-def several(model: Path, ranks: int, **cluster: Any) -> LLM:
-    sections = {"engine": EngineConfig(kv_tokens=8192, prompt_chunk=32), "plan": PlanConfig(calibrate=False)}
+def several(model: Path, ranks: int, *, plan: PlanConfig | None = None, **cluster: Any) -> LLM:
+    plan = plan or PlanConfig(calibrate=False)
+    sections: dict[str, Any] = {"engine": EngineConfig(kv_tokens=8192, prompt_chunk=32), "plan": plan}
     return LLM(
         model,
         dtype="float32",

@@ -39,7 +39,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda kind: tiny_checkpoint(tmp_path_factory.mktemp(kind), kind))
 
 
-def load(known: Blueprint, span: Span, recipe: Recipe | None, before: Shard | None = None) -> Runner:
+def load(known: Blueprint, span: Span, recipe: Recipe | None, *before: Shard) -> Runner:
     stage = Stage(rank=0, span=span, weight_bytes=0, kv_bytes=0, work_share=1.0)
     plan = Plan(stages=(stage,), idle=(), kv_tokens=64)
     runner = known.load(plan, 0, block_tokens=16, max_requests=2, device=CPU, recipe=recipe, before=before)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from distllm.config import ModelConfig
-from distllm.core import EngineError, Member, Plan, Span
+from distllm.core import EngineError, Member, Plan, Span, Stage
 from distllm.engine import inquest
 from distllm.engine.cluster import POLL_S, Cluster, Verdict
 from distllm.engine.loading import Kept, Loaded, load
@@ -22,10 +23,13 @@ from distllm.engine.options import Options
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push, Status
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.progress import LoadProgress
+from distllm.engine.reserve import Reserve
 from distllm.engine.sending import gather, pushed_ranks, sending
 from distllm.model.blueprint import Blueprint
+from distllm.net.control import PeerLost
 from distllm.net.wire import WireBroken
-from distllm.plan.replan import Held, held_by, loaded_bytes
+from distllm.plan.holdings import Holdings
+from distllm.plan.replan import loaded_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,8 @@ class Epochs:
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster
-        self._held: dict[str, Span] = {}
+        self.holdings = Holdings()
+        self._reserve = Reserve(0, lambda _: None)
         self._mine: Future[Loaded] | None = None
         self._kept: Kept | None = None
         self._closed = threading.Event()
@@ -68,8 +73,8 @@ class Epochs:
         if self._cluster is not None:
             self._cluster.ring = others
         self._keep()
-        before = self.held(members)
-        self._holds(plan, members)
+        before = self.holdings.of(members)
+        self.holdings.load(plan, members)
         sizes = self.blueprint.sizes
         totals = {stage.rank: loaded_bytes(sizes, before.get(stage.rank), stage.span) for stage in plan.stages}
         with LoadProgress(totals) as progress, self._sending(plan, lambda: progress.add_mine(0)) as pushes:
@@ -78,7 +83,8 @@ class Epochs:
             if self._cluster is not None:
                 self._cluster.order("load", {rank: orders[rank] for rank in others})
             kept, self._kept = self._kept or Kept(orders[0], self.blueprint, None, 0), None
-            self._mine = mine = in_thread(partial(load, orders[0], 0, progress.add_mine, kept))
+            reserve = self._reserve.give(plan.stages[0].span)
+            self._mine = mine = in_thread(partial(load, orders[0], 0, progress.add_mine, kept, reserve))
             self._wait(orders[0].epoch, others, mine, progress)
         logger.debug("every rank has loaded")
         with rank_0_is("loading"):
@@ -95,6 +101,7 @@ class Epochs:
     def forget(self) -> None:
         """Rank 0's part is not needed any more."""
         self._mine = self._kept = None
+        self._reserve.drop()
 
     def prepare(
         self, plan: Plan, members: Sequence[Member], ranks: Collection[int], dropped: threading.Event
@@ -127,18 +134,58 @@ class Epochs:
                     deadline_s=self.options.cluster.deadline_s,
                     seen=check_wanted,
                 )
-            self._holds(plan, [member for member in members if member.rank in ranks])
+            self.holdings.load(plan, [member for member in members if member.rank in ranks])
 
         return in_thread(load_ahead)
 
-    def _holds(self, plan: Plan, members: Sequence[Member]) -> None:
-        """From now on members of a plan hold what it gives them."""
-        spans = held_by(plan)
-        self._held |= {member.life: spans[member.rank] for member in members if member.rank in spans}
+    def replicate(self, wanted: Mapping[int, Span], members: Sequence[Member]) -> Future[None]:
+        """Has ranks of the ring load what is another's besides, while the ring goes on.
 
-    def held(self, members: Iterable[Member]) -> Held:
-        """What members hold by the last orders that they had."""
-        return {member.rank: self._held[member.life] for member in members if member.life in self._held}
+        Args:
+            wanted: that, by rank.
+
+        Returns:
+            What is there when they have; an EngineError, if one cannot, or is gone.
+        """
+        stages = [
+            Stage(rank=rank, span=span, weight_bytes=0, kv_bytes=0, work_share=0.0) for rank, span in wanted.items()
+        ]
+        plan = Plan(stages=tuple(stages), idle=(), kv_tokens=self.options.engine.block_tokens)
+
+        def replicate() -> None:
+            with rank_0_is("having parts held twice"), self._sending(plan, lambda *_: self.check_open()) as pushes:
+                orders = self._orders(0, plan, members, pushes)
+                if self._cluster is not None:
+                    self._cluster.order("reserve", {rank: orders[rank] for rank in wanted if rank != 0})
+                if 0 in wanted:
+                    self._reserve.load(orders[0])
+                self._wait_reserved(wanted)
+            self.holdings.add(wanted, members)
+
+        return in_thread(replicate)
+
+    def _wait_reserved(self, wanted: Mapping[int, Span]) -> None:
+        """
+        Raises:
+            EngineError: a rank cannot load it, or is gone.
+        """
+        missing = dict(wanted)
+        while missing:
+            self.check_open()
+            said: dict[int, tuple[Span, str | None]] = {0: (self._reserve.span, self._reserve.failure)}
+            if self._cluster is not None:
+                others = [rank for rank in missing if rank != 0]
+                for rank, status in self._cluster.statuses(others, self.options.cluster.deadline_s).items():
+                    if isinstance(status, PeerLost):
+                        raise EngineError(f"rank {rank}: {status.reason}") from status
+                    said[rank] = status.reserve, status.reserve_failure
+            for rank in [rank for rank in missing if rank in said]:
+                held, failure = said[rank]
+                if held == missing[rank]:
+                    del missing[rank]
+                elif failure:
+                    raise EngineError(f"rank {rank}: {failure}")
+            time.sleep(POLL_S)
 
     def _wait(self, epoch: int, others: list[int], mine: Future[Loaded], progress: LoadProgress) -> None:
         still_s = self.options.cluster.load_timeout_s

@@ -16,6 +16,7 @@ from distllm.engine.epoch import Epochs, rank_0_is
 from distllm.engine.growth import Growth
 from distllm.engine.options import Options
 from distllm.engine.pipeline import Pipeline
+from distllm.engine.replication import Replication
 from distllm.engine.stored import check_stored, stored_quantization, stored_wish
 from distllm.model import pages
 from distllm.model.blueprint import Blueprint
@@ -57,6 +58,7 @@ class Job:
         self._take_stock(wanted)
         self._epochs = Epochs(options, blueprint, cluster)
         self._growth = Growth(self.crew, self._epochs)
+        self._replication = Replication(self.crew, self._epochs, options.plan.replicate or ())
         self._strength = len(self.plan.stages)
 
     def _take_stock(self, wanted: Options) -> None:
@@ -157,6 +159,8 @@ class Job:
         if leavers:
             return self._without(leavers)
         self._load_ahead()
+        if not self._growth.under_way:
+            self._replication.keep(self.plan, self.members, self.sizes, self.wish)
         return None
 
     def _leavers(self) -> list[Member]:
@@ -176,7 +180,7 @@ class Job:
             self._growth.begin(plan, fresh, newcomers, then=plan)
             return
         self.crew.tell_of_spares(self.plan)
-        held = self._epochs.held(spares)
+        held = self._epochs.holdings.of(spares)
         cold = [spare for spare in spares if spare.rank not in held]
         warm = warm_stages(self.plan, cold, self.sizes, self.wish) if self.options.cluster.spares else []
         loads = Plan(stages=tuple(warm), idle=(), kv_tokens=self.wish.block_tokens)
@@ -287,7 +291,7 @@ class Job:
             ValueError: the model does not fit, or not as it is cut on disk.
         """
         everybody, trusted = self.crew.everybody(), self.crew.trusted()
-        held = self._epochs.held(everybody)
+        held = self._epochs.holdings.of(everybody)
         most = len(self.plan.stages) if self.options.cluster.spares else None
         try:
             plan = replanned(self.plan, trusted, self.sizes, self.wish, held=held, most=most)
@@ -354,11 +358,16 @@ class Job:
 def _check_ranks(options: Options, ranks: int) -> None:
     """
     Raises:
-        ValueError: a rank is to quantize, or to be sent its weights, that is not there.
+        ValueError: a rank is to quantize, to be sent its weights, or to be held twice, that is not there.
     """
-    for section, named in (("quantization", options.quantization.stages), ("weights", options.weights.stages)):
-        if beyond := [rank for rank in named or () if rank >= ranks]:
-            raise ValueError(f"{section}.stages names rank {beyond[0]}: the job has ranks 0 to {ranks - 1}")
+    named = {
+        "quantization.stages": options.quantization.stages,
+        "weights.stages": options.weights.stages,
+        "plan.replicate": options.plan.replicate,
+    }
+    for key, names in named.items():
+        if beyond := [rank for rank in names or () if rank >= ranks]:
+            raise ValueError(f"{key} names rank {beyond[0]}: the job has ranks 0 to {ranks - 1}")
 
 
 def _wish(options: Options, sizes: ModelSizes) -> PlanWish:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,28 +66,38 @@ class Kept:
         return shard
 
 
-def load(order: LoadOrder, rank: int, progress: Callable[[int], None], kept: Kept | None = None) -> Loaded:
+def load(
+    order: LoadOrder,
+    rank: int,
+    progress: Callable[[int], None],
+    kept: Kept | None = None,
+    reserve: Kept | None = None,
+) -> Loaded:
     """Reads what the order's plan gives to a rank, but for what it holds already.
 
     Args:
         progress: called with bytes read, from any thread.
         kept: from the order before; if it is of another model it is dropped.
+        reserve: of another part, in the same way.
 
     Raises:
         ValueError: the files are missing, broken, or not those of the master, or weights do not come from there.
     """
-    if kept is not None and not kept.fits(order):
-        kept.take()
-        kept = None
-        pages.give_back_memory()
-    if kept is not None and (blueprint := kept.blueprint_for(order)) is not None:
-        return _load(order, rank, progress, blueprint, kept)
+    before = []
+    for each in (kept, reserve):
+        if each is not None and each.fits(order):
+            before.append(each)
+        elif each is not None:
+            each.take()
+            pages.give_back_memory()
+    if before and (blueprint := before[0].blueprint_for(order)) is not None:
+        return _load(order, rank, progress, blueprint, before)
     with _checkpoint(order, alive=lambda: progress(0)) as checkpoint:
-        return _load(order, rank, progress, _blueprint(order, checkpoint), kept)
+        return _load(order, rank, progress, _blueprint(order, checkpoint), before)
 
 
 def _load(
-    order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint: Blueprint, kept: Kept | None
+    order: LoadOrder, rank: int, progress: Callable[[int], None], blueprint: Blueprint, before: Sequence[Kept]
 ) -> Loaded:
     engine = order.engine
     position = [stage.rank for stage in order.plan.stages].index(rank)
@@ -100,10 +110,10 @@ def _load(
         recipe=Recipe.of(order.quantization) if order.quantization.on(rank) else None,
         pack_weights=engine.pack_weights,
         progress=progress,
-        before=kept.take() if kept else None,
+        before=[shard for each in before if (shard := each.take()) is not None],
     )
     assert runner is not None, f"rank {rank} has no part in the plan"
-    read_bytes = runner.shard.read_bytes + (kept.read_bytes if kept else 0)
+    read_bytes = runner.shard.read_bytes + sum(each.read_bytes for each in before)
     return Loaded(order, blueprint, runner, position, frame_bytes(order, blueprint), read_bytes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distllm.config import EngineConfig, ModelConfig, QuantizationConfig
-from distllm.core import Member, Plan
+from distllm.core import Member, Plan, Span
 from distllm.model.families import Anatomy
 from distllm.model.files import TensorInfo
 from distllm.model.manifest import Manifest
@@ -109,7 +109,8 @@ class Status:
     `epoch` is that of the newest order; `done` says that it is carried out (a ring is done when it has ended) and
     `failure` why it could not be, `ring_broke` that this was no fault of the rank. `received` and `finished` are ids of
     steps, BEFORE_STEPS at first; `read_bytes` is what its weights took of files and `held_bytes` what they take in
-    memory; `still_s` is the time since the last progress.
+    memory; `still_s` is the time since the last progress. `reserve` is what it holds of another rank's part, and
+    `reserve_failure` why it could not load that.
     """
 
     epoch: int = 0
@@ -124,3 +125,5 @@ class Status:
     finished: int = BEFORE_STEPS
     still_s: float = 0.0
     peak_bytes: int = 0
+    reserve: Span = Span(0, 0)
+    reserve_failure: str | None = None

@@ -20,6 +20,7 @@ from torch import Tensor
 from distllm.engine import host
 from distllm.engine.loading import Kept, Loaded, load
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Order, RestOrder, Status, StopOrder, UnloadOrder
+from distllm.engine.reserve import Reserve
 from distllm.model import pages
 from distllm.net import frame as frames
 from distllm.net.control import bury_here
@@ -92,6 +93,7 @@ class Worker:
         self._snapshot = Snapshot()
         self._loaded: Loaded | None = None
         self._kept: Kept | None = None
+        self._reserve = Reserve(rank, lambda _: None)
 
     # Verbs, called by the master.
 
@@ -100,6 +102,11 @@ class Worker:
 
     def join(self, order: JoinOrder) -> bool:
         return self._take(order, order.epoch)
+
+    def reserve(self, order: LoadOrder) -> bool:
+        """Loads another rank's part besides, whatever the loop does."""
+        threading.Thread(target=self._reserve.load, args=(order,), name="distllm-reserve", daemon=True).start()
+        return True
 
     def unload(self, epoch: int) -> bool:
         return self._take(UnloadOrder(epoch), epoch)
@@ -115,7 +122,7 @@ class Worker:
         return True
 
     def status(self) -> Status:
-        return self._snapshot.read()
+        return replace(self._snapshot.read(), reserve=self._reserve.span, reserve_failure=self._reserve.failure)
 
     def rest(self) -> None:
         """Without a master: stops computing and gives its KV memory back; weights are kept for the next one.
@@ -174,6 +181,7 @@ class Worker:
 
     def _unload(self) -> None:
         self._loaded = self._kept = None
+        self._reserve.drop()
         pages.give_back_memory()
         self._snapshot.note(loaded_bytes=0)
 
@@ -182,7 +190,10 @@ class Worker:
         self._snapshot.note(loaded_bytes=0)
         self._keep()
         kept, self._kept = self._kept, None
-        self._loaded = load(order, self.rank, self._snapshot.add_loaded, kept)
+        stage = order.plan.stage_of(self.rank)
+        assert stage is not None, "who is to load has a part"
+        reserve = self._reserve.give(stage.span)
+        self._loaded = load(order, self.rank, self._snapshot.add_loaded, kept, reserve)
         self._snapshot.note(read_bytes=self._loaded.read_bytes, held_bytes=self._loaded.runner.shard.nbytes)
 
     def _serve_ring(self, order: JoinOrder) -> None:

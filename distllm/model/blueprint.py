@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,12 +111,12 @@ class Blueprint:
         recipe: Recipe | None = None,
         pack_weights: bool = True,
         progress: Progress = lambda _: None,
-        before: Shard | None = None,
+        before: Sequence[Shard] = (),
     ) -> Runner | None:
         """Reads what the plan gives to a rank; None if that is nothing.
 
         Args:
-            before: of the same model and recipe; what it has is taken from it and not read again.
+            before: of the same model and recipe; what they have is taken from them and not read again.
             recipe: for weights in fewer bits.
             pack_weights: lay the other weights out for the CPU's kernels, if it has some for this dtype.
             progress: called with bytes of the checkpoint that are done, from any thread; reading a weight, and packing
@@ -128,8 +129,8 @@ class Blueprint:
         if stage is None:
             return None
         shard = self.shard(stage.span)
-        if before is not None:
-            shard.take(before)
+        for each in before:
+            shard.take(each)
             pages.give_back_memory()
         finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
         ready = weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)

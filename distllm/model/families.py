@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,12 +54,17 @@ class Anatomy:
     context_length: int
 
 
+# Held while a model is built, which changes torch's defaults for all threads, and while one computes.
+defaults = threading.RLock()
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Models made inside have parameters without storage; buffers are real."""
+    """Models that this thread makes inside have parameters without storage; buffers are real."""
+    mine = threading.get_ident()
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
+        if parameter is None or parameter.is_meta or threading.get_ident() != mine:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
@@ -76,7 +82,8 @@ def build(config: PretrainedConfig, dtype: torch.dtype, attention: str = ATTENTI
 
     if config.model_type in direct.KINDS:
         direct.register()
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+    with defaults:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from distllm.core import Plan, Stage, Step
+from distllm.model import families
 from distllm.model.cache import KVCache, Layout
 from distllm.model.sampler import Sampler
 from distllm.model.shard import Shard
@@ -47,6 +48,10 @@ class Runner:
         Args:
             hidden_TD: what the stage before made of the step; None on the first stage.
         """
+        with families.defaults:
+            return self._run(step, hidden_TD)
+
+    def _run(self, step: Step, hidden_TD: torch.Tensor | None) -> Result:
         began = time.perf_counter()
         layout = Layout.of(step, self._block_tokens, self.device)
         inputs = self._tokens(step) if hidden_TD is None else hidden_TD.to(self.device)

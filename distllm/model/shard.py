@@ -109,7 +109,7 @@ class Shard:
             head = families.name_of(other.model, other.model.get_output_embeddings())
             self.model.set_submodule(head, other.model.get_submodule(head))
             self.drop_table()
-        self.kept = frozenset(kept)
+        self.kept |= kept
         del other.model, other._attention
 
     def _take_parts(self, other: Shard, names: set[str]) -> None:

@@ -18,6 +18,7 @@ from conftest import Job, free_port
 from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, WAIT_S, Running, several, strike, tokens, workers
 
 from distllm import LLM, SamplingParams
+from distllm.config import PlanConfig
 from distllm.engine.cluster import Cluster
 from distllm.plan import membership
 
@@ -181,7 +182,7 @@ def test_a_spare_is_mourned_and_may_leave(model: Path, wanted: dict[SamplingPara
 def warm(llm: LLM) -> list[int]:
     """Ranks that have loaded something, of those that are there."""
     job = llm._engine.job
-    return list(job._epochs.held(job.crew.everybody()))
+    return list(job._epochs.holdings.of(job.crew.everybody()))
 
 
 class Ring:
@@ -298,6 +299,36 @@ def test_a_warm_spare_takes_over_without_loading(model: Path, wanted: dict[Sampl
         wait_until(lambda: 1 in workers() and 1 in job._cluster.members, "rank 1 does not come back")  # type: ignore[union-attr]
         assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
         assert [stage.rank for stage in llm.plan.stages] == [0, 3, 2], "who comes back is the spare now"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "holder"), [(1, 0), (2, 1)])
+def test_a_part_that_is_held_twice_is_taken_over_without_loading(
+    model: Path, wanted: dict[SamplingParams, Any], lost: int, holder: int
+) -> None:
+    with several(model, 3, restarts=1, plan=PlanConfig(calibrate=False, replicate=[lost])) as llm:
+        job = llm._engine.job
+        span, whole = llm.plan.stages[lost].span, [stage.span for stage in llm.plan.stages]
+
+        def is_held() -> bool:
+            return job._epochs.holdings.reserve_of(job._cluster.members[holder]) == span  # type: ignore[union-attr]
+
+        running = Running(llm, SEEDED)
+        running.wait_for(5)
+        wait_until(is_held, "nobody holds it")
+        before = by_rank(llm)
+        strike(workers()[lost], signal.SIGKILL)
+        wait_until(lambda: len(llm.plan.stages) == 2, "it is not noticed")
+        assert running.tokens() == wanted[SEEDED]
+        first = next(stage.span for stage in llm.plan.stages if stage.rank == holder)
+        assert first.overlaps(span), "its neighbour has it now"
+        serving(llm, [0, 1, 2], GREEDY, wanted[GREEDY])
+        assert [stage.span for stage in llm.plan.stages] == whole
+        after = by_rank(llm)
+        read = {rank: after[rank]["read_bytes"] - before[rank]["read_bytes"] for rank in (0, 1, 2) if rank != lost}
+        assert read.pop(holder) == before[lost]["weight_bytes"], "before it was needed, and not again"
+        assert set(read.values()) == {0}
+        wait_until(is_held, "it is held twice again")
 
 
 def test_the_script_for_one_host_starts_ranks_that_come_back(start: Start, model: Path, answer: str) -> None:

@@ -111,7 +111,9 @@ def batch(tmp_path: Path, model: Path, start: Start) -> Iterator[Batch]:
     assert [path.name for path in folder.iterdir()] == ["out.jsonl"]
 
 
-@pytest.mark.parametrize(("params", "ranks"), [(GREEDY, 1), (SEEDED, 3)], ids=["greedy-1", "seeded-3"])
+@pytest.mark.parametrize(
+    ("params", "ranks"), [(SEEDED, 1), pytest.param(GREEDY, 3, marks=pytest.mark.slow)], ids=["seeded-1", "greedy-3"]
+)
 def test_the_same_command_goes_on(batch: Batch, wanted: Wanted, params: SamplingParams, ranks: int) -> None:
     words = [*WORDS[params], *([f"cluster.workers={ranks}"] if ranks > 1 else [])]
     first = batch.start(ALONE, words=words)
@@ -130,6 +132,7 @@ def test_the_same_command_goes_on(batch: Batch, wanted: Wanted, params: Sampling
     assert batch.answers() == wanted[params]
 
 
+@pytest.mark.slow
 def test_a_seed_that_was_drawn_is_kept(batch: Batch) -> None:
     first = batch.start(ALONE, words=["sampling.temperature=1.5"])
     batch.wait_for_tokens(first)
