@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ TOKEN_BYTES = 16
 COPIES = 3
 LONGEST_NAME = 255
 JOURNAL = ".journal"
+WAL = "-wal"
 
 Asked = list[tuple[Line, "Request"]]
 
@@ -144,10 +146,16 @@ class Saved:
         self._output = output
         self._target = target(output)
         path = journal_of(self._target)
-        if not path.exists() and self._target.exists():
+        is_new = not path.exists()
+        if is_new and self._target.exists():
             path.touch()
-            shutil.copymode(self._target, path)
-        self._journal = Journal(path, about)
+            path.chmod(stat.S_IMODE(self._target.stat().st_mode) | stat.S_IRUSR | stat.S_IWUSR)
+        try:
+            self._journal = Journal(path, about)
+        except ValueError:
+            if is_new:
+                path.unlink(missing_ok=True)
+            raise
         self._errors: dict[int, str] = {}
 
     def __enter__(self) -> Self:
@@ -204,8 +212,11 @@ class Saved:
 def saved(output: Path, config: Config, reader: Reader, questions: Questions) -> Saved:
     """Answers to a file, which depend on the model, on how it is held and asked, and on the prompts."""
     blueprint = reader.blueprint
+    checkpoint = blueprint.checkpoint
+    files = {info.file: checkpoint.path / info.file for info in checkpoint.tensors.values()}
+    stamps = [(name, each.stat().st_size, each.stat().st_mtime_ns) for name, each in files.items() if each.exists()]
     about = {
-        "model": f"{blueprint.checkpoint.path} {blueprint.checkpoint.fingerprint}",
+        "model": f"{checkpoint.path} {checkpoint.fingerprint} {sorted(stamps)}",
         "model.dtype": str(blueprint.dtype),
         "model.context_length": str(blueprint.sizes.context_length),
         "quantization": str(config.quantization),
@@ -254,6 +265,9 @@ def check_room(output: Path, lines: Sequence[Line], max_tokens: int) -> None:
     except OSError as error:
         raise ValueError(f"output={output}: {folder} cannot be written to: {error.strerror}") from error
     needed = COPIES * sum(len(json.dumps(line.asked)) + max_tokens * TOKEN_BYTES for line in lines)
+    journal = journal_of(file)
+    there = (journal, journal.with_name(journal.name + WAL))
+    needed -= sum(each.stat().st_size for each in there if each.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(f"output={output}: the answers may take {needed:,} bytes, but {folder} has {free:,} free")
@@ -278,7 +292,7 @@ def journal_of(file: Path) -> Path:
 
 def _beside(name: str, suffix: str) -> str:
     """The name of a file that belongs to another, as long as a name may be with what SQLite adds to it."""
-    room = LONGEST_NAME - len(suffix) - len("-wal")
+    room = LONGEST_NAME - len(suffix) - len(WAL)
     if len(os.fsencode(name)) <= room:
         return name + suffix
     return hashlib.sha256(os.fsencode(name)).hexdigest() + suffix

@@ -110,7 +110,6 @@ class Questions:
     """
 
     def __init__(self, reader: Reader, lines: Sequence[Line], params: SamplingParams) -> None:
-        self.size = len(lines)
         self.asked: list[tuple[Line, Request]] = []
         self.errors: dict[int, str] = {}
         for line in lines:

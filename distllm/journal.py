@@ -53,7 +53,7 @@ class Journal:
         self.path = path
         about = {"format": FORMAT, **about}
         try:
-            with self._refusing_others():
+            with self._in_words():
                 self._begin(about)
         except BaseException:
             self.close()
@@ -64,7 +64,11 @@ class Journal:
         self._failing = False
 
     @contextmanager
-    def _refusing_others(self) -> Iterator[None]:
+    def _in_words(self) -> Iterator[None]:
+        """
+        Raises:
+            ValueError: in place of whatever SQLite has to say.
+        """
         try:
             yield
         except sqlite3.DatabaseError as error:
@@ -94,8 +98,8 @@ class Journal:
     @contextmanager
     def _at_once(self) -> Iterator[None]:
         """All of what is written, or nothing."""
-        self._file.execute("BEGIN IMMEDIATE")
         try:
+            self._file.execute("BEGIN IMMEDIATE")
             yield
             self._file.execute("COMMIT")
         except BaseException:
@@ -112,7 +116,7 @@ class Journal:
         """
         taken = list(requests)
         fresh = [(name, json.dumps(each.tokens), json.dumps(asdict(each.params))) for name, each in taken]
-        with self._refusing_others(), self._at_once():
+        with self._in_words(), self._at_once():
             self._file.executemany("INSERT OR IGNORE INTO requests VALUES (?, ?, ?)", fresh)
         return [self._as_taken(name, request) for name, request in taken]
 
@@ -132,7 +136,8 @@ class Journal:
 
     def answers(self) -> dict[str, str]:
         """Those that are whole, by the names of their requests."""
-        return dict(self._file.execute("SELECT name, answer FROM answers"))
+        with self._in_words():
+            return dict(self._file.execute("SELECT name, answer FROM answers"))
 
     @property
     def holds_something(self) -> bool:
@@ -146,19 +151,23 @@ class Journal:
             start, piece = self._pending.pieces.setdefault(name, (known, []))
             piece.extend(tokens[start + len(piece) :])
             self._known[name] = len(tokens)
-        if time.monotonic() - self._flushed >= FLUSH_S:
-            self.flush()
+        self._flush_in_time()
 
     def end(self, name: str, answer: str) -> None:
         """Notes a whole answer."""
         self._pending.answers[name] = answer
+        self._flush_in_time()
+
+    def _flush_in_time(self) -> None:
+        if time.monotonic() - self._flushed >= FLUSH_S:
+            self.flush()
 
     def flush(self) -> None:
         """Writes what is pending. While that fails it stays in memory, and the next time may do better."""
         self._flushed = time.monotonic()
         try:
             self._write(self._pending)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             if not self._failing:
                 logger.warning("%s: cannot be written (%s); going on without, and trying again", self.path, error)
             self._failing = True

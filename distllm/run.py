@@ -60,13 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _lead(given: Sequence[str]) -> int:
     _listen_to_signals()
-    began = over = False
+    began = over = joins = False
     try:
         try:
             if (before := _concluded()) is not None:
                 return before
             config = _configured(given)
-            began = config is not None and config.cluster.join is None
+            joins = config is not None and config.cluster.join is not None
+            began = config is not None and not joins
             code = _run(config) if config is not None else 0
             sys.stdout.flush()
             over = True
@@ -82,12 +83,18 @@ def _lead(given: Sequence[str]) -> int:
     except Terminated as end:
         verdict = _verdict_behind(end)
         code = _say("ended by SIGTERM", 143) if verdict is None else _say(str(verdict), 1)
-    if over:
+    if over and not joins:
         _conclude(code)
-    # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended.
-    if began and _number("WORLD_SIZE", 1) > 1:
+    # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended. If this one is
+    # started again, they wait for that.
+    if began and _number("WORLD_SIZE", 1) > 1 and (over or not _comes_again()):
         _dismiss(code)
     return code
+
+
+def _comes_again() -> bool:
+    """Whether the launcher will start this process again if it fails."""
+    return _number("TORCHELASTIC_MAX_RESTARTS", 0) > _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def _conclude(code: int) -> None:
@@ -116,7 +123,9 @@ def _concluded() -> int | None:
         rendezvous = launched()
     except ValueError:  # it will be complained of
         return None
-    return None if rendezvous is None else store.concluded(rendezvous)
+    if rendezvous is None or rendezvous.hosts_store:
+        return None
+    return store.concluded(rendezvous)
 
 
 def _number(variable: str, default: int) -> int:

@@ -18,8 +18,8 @@ import pytest
 from fakes import tiny_checkpoint
 
 from distllm import journal
-from distllm.batch import Printed, Saved, batch, check_room
-from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig
+from distllm.batch import Printed, Saved, batch, check_room, saved
+from distllm.config import ClusterConfig, Config, EngineConfig, ModelConfig, PlanConfig
 from distllm.core import EngineError, Output, Request, SamplingParams
 from distllm.engine.reader import Reader
 from distllm.generate import Line, Questions, read_lines
@@ -124,6 +124,13 @@ class TestRoom:
         check_room(small_disk / "out", lines_of("a", "b"), 1000)
         with pytest.raises(ValueError, match=r"the answers may take [\d,]{9,} bytes, but .* has 1,048,576 free$"):
             check_room(small_disk / "out", lines_of(*["a"] * 100), 1000)
+
+    def test_what_a_journal_has_needs_no_room_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+        (tmp_path / "out.journal").write_bytes(bytes(3000))
+        (tmp_path / "out.journal-wal").write_bytes(bytes(1500))
+        check_room(tmp_path / "out", lines_of("a"), 100)
 
     def test_a_disk_that_says_it_is_full(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = namedtuple("usage", "total used free")
@@ -338,6 +345,51 @@ class TestBatch:
             answer(llm, lines_of("a", "b"), tmp_path / "out", replace(PARAMS, temperature=0.5))
         assert answer(llm, lines_of("a", "b"), tmp_path / "out") == 0
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_other_weights_under_the_same_name(self, reader: Reader, tmp_path: Path) -> None:
+        questions = Questions(reader, lines_of("a"), PARAMS)
+        saved(tmp_path / "out", Config(), reader, questions)._journal.close()
+        weights = reader.blueprint.checkpoint.path / "model.safetensors"
+        before = weights.stat()
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        try:
+            with pytest.raises(ValueError, match=r"out\.journal: was begun with another model; "):
+                saved(tmp_path / "out", Config(), reader, questions)
+        finally:
+            os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        saved(tmp_path / "out", Config(), reader, questions)._journal.remove()
+
+    def test_an_answer_that_has_no_room_any_more_waits_for_it(
+        self, answer: Answer, llm: LLM, reader: Reader, tmp_path: Path
+    ) -> None:
+        """The ranks are fewer than before: that is no reason to give it up."""
+        lines, params = lines_of("x" * 40), replace(PARAMS, max_tokens=60)
+        questions = Questions(reader, lines, params)
+        generated = llm.answer(questions.asked)[0].token_ids
+        before = Saved(tmp_path / "out", {"sampling": str(params), "list of prompts": questions.digest})
+        before.resume(questions.asked)
+        before.grow(0, generated[:50])
+        before.__exit__(EngineError)
+        engine = EngineConfig(kv_tokens=64, block_tokens=16)
+        sentence = r"line 1: the prompt has \d+ tokens with its answer so far; there is KV room for 64: .* add ranks"
+        with (
+            LLM(reader, cluster=ClusterConfig(threads=1), engine=engine) as little,
+            pytest.raises(EngineError, match=sentence),
+        ):
+            answer(little, lines, tmp_path / "out", params)
+        assert answer(llm, lines, tmp_path / "out", params) == 0
+        assert read(tmp_path / "out")[0]["token_ids"] == list(generated)
+
+    def test_an_old_file_that_may_not_be_written(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
+        """It is replaced, which its folder allows; the journal is as closed to others, but open to its owner."""
+        output = tmp_path / "out"
+        output.touch()
+        output.chmod(0o400)
+        modes: list[int] = []
+        watched = Watched(llm, lambda _: modes.append(stat.S_IMODE((tmp_path / "out.journal").stat().st_mode)))
+        assert answer(watched, lines_of("a"), output) == 0
+        assert modes == [0o600]
+        assert stat.S_IMODE(output.stat().st_mode) == 0o400
 
     def test_all_was_answered_but_not_written(self, answer: Answer, llm: LLM, tmp_path: Path) -> None:
         """Killed at the very end, or the disk was full."""

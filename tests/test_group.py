@@ -28,7 +28,7 @@ def member(shared: Store, name: str, number: int, process: subprocess.Popen[byte
     """One that has joined: this process, or another one."""
     there = group._process()
     if process is not None:
-        there = there[0], process.pid, psutil.Process(process.pid).create_time()
+        there = there[0], process.pid, group._started(process.pid)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(group, "_process", lambda: there)
         made = Group(shared, AgentId(name, number))

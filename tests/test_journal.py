@@ -74,6 +74,19 @@ def test_the_next_one_goes_on(path: Path) -> None:
     assert list(path.parent.iterdir()) == []
 
 
+def test_whole_answers_are_written_from_time_to_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if none of them has a token before its last one."""
+    monkeypatch.setattr(journal, "FLUSH_S", 0.05)
+    opened = Journal(path, ABOUT)
+    opened.accept([("a", FIRST), ("b", SECOND)])
+    opened.end("a", "1")
+    assert opened.answers() == {}
+    time.sleep(0.06)
+    opened.end("b", "2")
+    assert opened.answers() == {"a": "1", "b": "2"}
+    opened.close()
+
+
 def test_writes_from_time_to_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "FLUSH_S", 0.05)
     opened = Journal(path, ABOUT)

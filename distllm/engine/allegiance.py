@@ -53,7 +53,8 @@ class Allegiance:
                     self._register(name)
                     return
                 except PeerLost as lost:
-                    self._master = name
+                    if not lost.timed_out:
+                        self._master = name
                     why = f"rank {self._member.rank} could not register: of the master, {lost.reason}"
                     logger.debug("%s", why)
             self._node.agent.answer()
@@ -88,17 +89,23 @@ class Allegiance:
 
         Raises:
             ValueError: it refuses this rank.
-            ConnectionError: the store is gone, or rank 0 gave up.
+            ConnectionError: the store is gone, rank 0 gave up, or this rank was taken for dead.
         """
         self._node.agent.answer()
         before, name = self._master, self._node.master()
+        is_back = name is None or name == before
         try:
-            if name is None or name == before:
-                return bool(call_by_name(before, "master", "knows", self._member.life, timeout_s=ANSWER_TIMEOUT_S))
-            self._register(name)
+            if not is_back:
+                self._register(name or before)
+            elif not call_by_name(before, "master", "knows", self._member.life, timeout_s=ANSWER_TIMEOUT_S):
+                raise ConnectionError("the master does not know it")
         except PeerLost as lost:
             logger.debug("%s", lost)
+            if not is_back and not self._node.agent.is_listed():
+                raise ConnectionError("it was taken for dead by another master") from lost
             return False
+        if is_back:
+            return True
         with suppress(RuntimeError):  # it was buried already
             bury_by_name(before)
         return True

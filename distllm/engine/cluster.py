@@ -56,6 +56,7 @@ class Cluster:
 
     Attributes:
         ring: ranks whose end breaks a ring, or is noticed by who waits for them.
+        world_size: of the ranks that the job was started with.
         lost_ranks: how many have gone since the beginning.
 
     Raises:
@@ -69,6 +70,7 @@ class Cluster:
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
         self._deadline_s = deadline_s
+        self.world_size = world_size
         self._registrar = Registrar(self._me, local.came if local else lambda _: None)
         self.on_news = self._registrar.on_news
         expose("master", self._registrar)
@@ -78,7 +80,12 @@ class Cluster:
         with _store_needed():
             node.begin()
         self._shares = Shares()
-        self._shares.welcome(self.members.values())
+        if node.succeeds:
+            # Who came first has seen how much memory its host has without the model.
+            for member in sorted(self.members.values(), key=lambda member: member.started):
+                self._shares.welcome([member])
+        else:
+            self._shares.welcome(self.members.values())
         self.lost_ranks = 0
         self.ring: Collection[int] = ()
         self._gone: dict[AgentId, PeerLost] = {}
@@ -148,16 +155,31 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         soon = time.monotonic() + min(timeout_s, SUCCESSION_S)
         while missing := wanted - self._registrar.taken().keys():
-            self._registrar.check()
-            self._check_joining(wanted, self._registrar.taken())
-            if self.node.succeeds and time.monotonic() > soon:
+            if self.node.succeeds:
+                self._drop_dead()
+            else:
+                self._registrar.check()
+                self._check_joining(wanted, self._registrar.taken())
+            if self.node.succeeds and self.node.has_begun and time.monotonic() > soon:
                 logger.warning("going on without ranks %s, which did not come again", sorted(missing))
                 break
             if time.monotonic() > deadline:
                 raise EngineError(f"ranks {sorted(missing)} did not register within {timeout_s:g} s; did they start?")
             time.sleep(POLL_S / 2)
-        self._registrar.check()
+        if not self.node.succeeds:
+            self._registrar.check()
         return self._registrar.taken()
+
+    def _drop_dead(self) -> None:
+        """Ranks that registered with a new master may die like others, and keep others from joining until buried."""
+        for other in self._registrar.taken().values():
+            try:
+                call_by_name(other.identity.name, "worker", "status", timeout_s=VERDICT_TIMEOUT_S)
+            except PeerLost as lost:
+                if not lost.timed_out:
+                    logger.warning("%s is lost: %s", other.member, lost.reason)
+                    self._registrar.forget(other.member.life)
+                    self.node.agent.bury([other.identity])
 
     def admit(self) -> None:
         """Takes in the processes that have registered since; one that comes in place of another when that is buried."""
@@ -211,6 +233,16 @@ class Cluster:
                 raise self.lost({rank: answer}, {})
             if answer is not True:
                 raise EngineError(f"{self.members[rank]} does not {verb}: it has an order of a newer epoch")
+
+    def reserve(self, orders: Mapping[int, object]) -> None:
+        """Has ranks of the ring load another's part besides. None is given up for it.
+
+        Raises:
+            EngineError: one did not take it.
+        """
+        for rank, answer in self._ask("reserve", orders, min(ORDER_TIMEOUT_S, self._deadline_s)).items():
+            if isinstance(answer, PeerLost):
+                raise EngineError(f"rank {rank}: {answer.reason}")
 
     def forget(self) -> None:
         """Tells all ranks to unload; one that does not hear it is found out by the next order."""

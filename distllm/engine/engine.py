@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from distllm.core import Request
+from distllm.core import EngineError, Request
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink
@@ -97,13 +97,14 @@ class Engine:
 
         Raises:
             ValueError: the ranks have too little KV room for it.
+            EngineError: they have too little for what it has of its answer, which others had room for.
         """
         room = self.job.plan.kv_tokens
+        why = f"there is KV room for {room}: raise engine.kv_tokens"
+        if len(request.tokens) >= room:
+            raise ValueError(f"{name} has {len(request.tokens)} tokens; {why}")
         if request.known >= room:
-            so_far = " with its answer so far" if request.generated else ""
-            raise ValueError(
-                f"{name} has {request.known} tokens{so_far}; there is KV room for {room}: raise engine.kv_tokens"
-            )
+            raise EngineError(f"{name} has {request.known} tokens with its answer so far; {why}, or add ranks")
 
     def submit(self, request: Request, sink: Sink) -> int:
         """Queues a request; its pieces, or the error that ends it, go to the sink, from the engine's thread.

@@ -26,7 +26,6 @@ from distllm.engine.progress import LoadProgress
 from distllm.engine.reserve import Reserve
 from distllm.engine.sending import gather, pushed_ranks, sending
 from distllm.model.blueprint import Blueprint
-from distllm.net.control import PeerLost
 from distllm.net.wire import WireBroken
 from distllm.plan.holdings import Holdings
 from distllm.plan.replan import loaded_bytes
@@ -34,6 +33,8 @@ from distllm.plan.replan import loaded_bytes
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
+
+STATUS_TIMEOUT_S = 1.0
 
 
 class Epochs:
@@ -44,7 +45,7 @@ class Epochs:
         self.blueprint = blueprint
         self._cluster = cluster
         self.holdings = Holdings()
-        self._reserve = Reserve(0, lambda _: None)
+        self._reserve = Reserve(0)
         self._mine: Future[Loaded] | None = None
         self._kept: Kept | None = None
         self._closed = threading.Event()
@@ -138,11 +139,14 @@ class Epochs:
 
         return in_thread(load_ahead)
 
-    def replicate(self, wanted: Mapping[int, Span], members: Sequence[Member]) -> Future[None]:
+    def replicate(
+        self, wanted: Mapping[int, Span], members: Sequence[Member], dropped: threading.Event
+    ) -> Future[None]:
         """Has ranks of the ring load what is another's besides, while the ring goes on.
 
         Args:
             wanted: that, by rank.
+            dropped: nobody waits for it any more.
 
         Returns:
             What is there when they have; an EngineError, if one cannot, or is gone.
@@ -155,30 +159,34 @@ class Epochs:
         def replicate() -> None:
             with rank_0_is("having parts held twice"), self._sending(plan, lambda *_: self.check_open()) as pushes:
                 orders = self._orders(0, plan, members, pushes)
-                if self._cluster is not None:
-                    self._cluster.order("reserve", {rank: orders[rank] for rank in wanted if rank != 0})
+                assert self._cluster is not None, "one rank alone has no neighbours"
+                self._cluster.reserve({rank: orders[rank] for rank in wanted if rank != 0})
                 if 0 in wanted:
                     self._reserve.load(orders[0])
-                self._wait_reserved(wanted)
+                self._wait_reserved(wanted, dropped)
             self.holdings.add(wanted, members)
 
         return in_thread(replicate)
 
-    def _wait_reserved(self, wanted: Mapping[int, Span]) -> None:
+    def _wait_reserved(self, wanted: Mapping[int, Span], dropped: threading.Event) -> None:
         """
         Raises:
-            EngineError: a rank cannot load it, or is gone.
+            EngineError: a rank cannot load it, or is gone, or nobody waits for it any more.
         """
+        assert self._cluster is not None, "one rank alone has no neighbours"
         missing = dict(wanted)
         while missing:
             self.check_open()
-            said: dict[int, tuple[Span, str | None]] = {0: (self._reserve.span, self._reserve.failure)}
-            if self._cluster is not None:
-                others = [rank for rank in missing if rank != 0]
-                for rank, status in self._cluster.statuses(others, self.options.cluster.deadline_s).items():
-                    if isinstance(status, PeerLost):
-                        raise EngineError(f"rank {rank}: {status.reason}") from status
+            if dropped.is_set():
+                raise EngineError("it is not wanted any more")
+            said = {0: (self._reserve.span, self._reserve.failure)}
+            for rank, status in self._cluster.statuses(
+                [rank for rank in missing if rank != 0], STATUS_TIMEOUT_S
+            ).items():
+                if isinstance(status, Status):
                     said[rank] = status.reserve, status.reserve_failure
+                elif not status.timed_out:
+                    raise EngineError(f"rank {rank}: {status.reason}")
             for rank in [rank for rank in missing if rank in said]:
                 held, failure = said[rank]
                 if held == missing[rank]:

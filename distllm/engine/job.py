@@ -66,20 +66,23 @@ class Job:
 
         Raises:
             ValueError: the model does not fit, or not as it is cut on disk.
+            EngineError: the same, after the death of a master: ranks may still come.
         """
-        patience_s = self.options.cluster.recovery_deadline_s if self._cluster and self._cluster.node.succeeds else 0.0
-        deadline = time.monotonic() + patience_s
+        succeeds = self._cluster is not None and self._cluster.node.succeeds
+        deadline = time.monotonic() + (self.options.cluster.recovery_deadline_s if succeeds else 0.0)
         while True:
             self.members: Sequence[Member] = self.crew.everybody()
             try:
-                _check_ranks(wanted, len(self.members))
+                _check_ranks(wanted, max(len(self.members), self._cluster.world_size if self._cluster else 1))
                 self.wish = stored_wish(_wish(self.options, self.blueprint.sizes), self.blueprint, len(self.members))
                 self.plan: Plan = self._first_plan()
                 check_stored(self.plan, self.blueprint.checkpoint)
                 return
             except ValueError as error:
-                if time.monotonic() >= deadline:
+                if not succeeds:
                     raise
+                if time.monotonic() >= deadline:
+                    raise EngineError(f"rank 0 was started again, but other ranks are missing: {error}") from error
                 logger.debug("%s", error)
             self.crew.look_around(ring=())
             time.sleep(POLL_S)
@@ -219,6 +222,7 @@ class Job:
             EngineError: a rank is lost meanwhile, and it cannot go on without.
         """
         pipeline.free()
+        self._replication.drop()
         self.plan = plan
         since = time.monotonic()
         return self._balanced(self._formed(since), since)
@@ -235,6 +239,7 @@ class Job:
             EngineError: it cannot go on; says what broke and why.
         """
         self._growth.drop()
+        self._replication.drop()
         verdict = pipeline.verdict(broken)
         pipeline.free()
         self._go_on_after(verdict, since)

@@ -59,6 +59,8 @@ class Registrar:
         """Returns the reason if the rank is refused."""
         member, identity = registration.member, registration.identity
         holder = self.taken().get(member.rank)
+        if holder is not None and holder.identity == identity:
+            return None  # it has not heard the first answer
         refusal = self._differs(member) or _still_there(holder)
         if refusal is None:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 
@@ -27,6 +28,7 @@ class Replication:
         self._epochs = epochs
         self._ranks = ranks
         self._under_way: Future[None] | None = None
+        self._dropped = threading.Event()
         self._told: Plan | None = None
         self._failed: Plan | None = None
 
@@ -43,8 +45,13 @@ class Replication:
             self._tell(plan, wanted)
         if not missing or plan == self._failed:
             return
-        self._under_way = self._epochs.replicate(missing, members)
+        self._dropped = threading.Event()
+        self._under_way = self._epochs.replicate(missing, members, self._dropped)
         self._under_way.add_done_callback(self._done)
+
+    def drop(self) -> None:
+        """The ring changes: what is under way is of no use."""
+        self._dropped.set()
 
     def _tell(self, plan: Plan, wanted: Mapping[int, Span]) -> None:
         for rank, span in wanted.items():
@@ -58,6 +65,7 @@ class Replication:
         try:
             future.result()
         except (EngineError, ValueError) as error:
-            self._failed = self._told
-            logger.warning("a part is not held twice: %s", error)
+            if not self._dropped.is_set():
+                self._failed = self._told
+                logger.warning("a part is not held twice: %s", error)
         self._crew.news()

@@ -93,7 +93,7 @@ class Worker:
         self._snapshot = Snapshot()
         self._loaded: Loaded | None = None
         self._kept: Kept | None = None
-        self._reserve = Reserve(rank, lambda _: None)
+        self._reserve = Reserve(rank)
 
     # Verbs, called by the master.
 
@@ -105,7 +105,7 @@ class Worker:
 
     def reserve(self, order: LoadOrder) -> bool:
         """Loads another rank's part besides, whatever the loop does."""
-        threading.Thread(target=self._reserve.load, args=(order,), name="distllm-reserve", daemon=True).start()
+        self._reserve.begin(order)
         return True
 
     def unload(self, epoch: int) -> bool:
@@ -157,6 +157,7 @@ class Worker:
                     self._do("unloading", self._unload)
                 case RestOrder():
                     self._keep()
+                    self._reserve.drop()
                     pages.give_back_memory()
 
     def _do(self, state: str, action: Callable[[], None]) -> None:
@@ -197,8 +198,9 @@ class Worker:
         self._snapshot.note(read_bytes=self._loaded.read_bytes, held_bytes=self._loaded.runner.shard.nbytes)
 
     def _serve_ring(self, order: JoinOrder) -> None:
-        assert self._loaded is not None, "a rank loads before it joins"
         loaded = self._loaded
+        if loaded is None:
+            raise WireBroken("this rank has lost its master meanwhile")
         self._snapshot.note(received=BEFORE_STEPS, finished=BEFORE_STEPS)
         wire = self._node.wire(
             order.epoch,

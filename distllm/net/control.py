@@ -88,6 +88,15 @@ class Agent:
         with reached():
             return [each for each in self._group.listed() if each != self.identity]
 
+    def is_listed(self) -> bool:
+        """Whether this process is a member; others may have struck it off.
+
+        Raises:
+            ConnectionError: the store is gone.
+        """
+        with reached():
+            return self.identity in self._group.listed()
+
     def answer(self) -> None:
         """Tells a new master, before it joins, that this process lives.
 

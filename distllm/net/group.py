@@ -10,8 +10,8 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-import psutil
 from torch.distributed import Store
 
 from distllm.net import address
@@ -98,13 +98,7 @@ class Group:
         if not self._store.check([key]):
             return False
         host, pid, started = json.loads(self._store.get(key))
-        if host != _process()[0]:
-            return False
-        try:
-            process = psutil.Process(pid)
-            return abs(process.create_time() - started) > 0.01 or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
+        return bool(host == _process()[0]) and _started(pid) != started
 
     def _silent(self) -> list[AgentId]:
         """Members that do not answer a roll call."""
@@ -148,7 +142,16 @@ def _answer(number: int, member: AgentId) -> str:
     return f"{_ROLL_CALL}/{number}/{member.name}"
 
 
-def _process() -> tuple[str, int, float]:
+def _process() -> tuple[str, int, int | None]:
     """This process: its host (and what numbers its pids), its pid, and when it was started."""
     host = f"{address.boot_id()}/{os.readlink('/proc/self/ns/pid')}"
-    return host, os.getpid(), psutil.Process().create_time()
+    return host, os.getpid(), _started(os.getpid())
+
+
+def _started(pid: int) -> int | None:
+    """When a process was started, in ticks since its host was, whatever its clock says; None if it runs no more."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])

@@ -23,7 +23,8 @@ class Node:
     """One process life's place in a job; torch allows one for each process, so it is kept.
 
     Attributes:
-        succeeds: it is rank 0, and the job had a master before it.
+        succeeds: it is rank 0, and the job had another one before.
+        has_begun: all ranks of the job have been there already.
 
     Args:
         interface: name of the network interface to use between hosts; None finds it.
@@ -47,10 +48,12 @@ class Node:
             if rendezvous.one_host
             else store.choose_interface(rendezvous, self.store, interface, join_timeout_s)
         )
+        with store.reached():
+            self.succeeds = rendezvous.rank == 0 and bool(self.store.check([store.MASTER]))
+        self.has_begun = store.has_begun(self.store)
         name = f"rank{rendezvous.rank}_{self.life}"
         # One that joins a job while another of its ranks dies waits for that in vain, and keeps others from joining.
-        timeout_s = min(join_timeout_s, LATE_JOIN_TIMEOUT_S) if store.has_begun(self.store) else join_timeout_s
-        self.succeeds = rendezvous.rank == 0 and self.master() is not None
+        timeout_s = min(join_timeout_s, LATE_JOIN_TIMEOUT_S) if self.has_begun else join_timeout_s
         rpc_store = store.connect(rendezvous, CONNECT_TIMEOUT_S)
         self.agent = Agent(rpc_store, name, self.interface, timeout_s, succeeds=self.succeeds)
 

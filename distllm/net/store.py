@@ -199,7 +199,7 @@ def has_begun(store: Store) -> bool:
 
 
 def master(store: Store) -> str | None:
-    """Who said last that it is the master.
+    """Who said last that it is the master; None if nobody has.
 
     Raises:
         ConnectionError: the store is gone, or rank 0 gave up.

@@ -18,13 +18,12 @@ class Holdings:
         self._reserves: dict[str, Span] = {}
 
     def load(self, plan: Plan, members: Iterable[Member]) -> None:
-        """Members hold what a plan gives them from now on; a reserve that has a part of that is used up."""
+        """Members hold what a plan gives them from now on; a reserve is used up by that, or given up."""
         spans = held_by(plan)
         for member in members:
             if member.rank in spans:
                 self._own[member.life] = spans[member.rank]
-                if self.reserve_of(member).overlaps(spans[member.rank]):
-                    del self._reserves[member.life]
+                self._reserves.pop(member.life, None)
 
     def add(self, reserves: Mapping[int, Span], members: Iterable[Member]) -> None:
         """Members hold a part of another's besides, by rank."""

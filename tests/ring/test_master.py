@@ -25,6 +25,7 @@ from distllm.config import ClusterConfig, PlanConfig
 LOCAL = str(Path(__file__).parents[2] / "launch" / "local.sh")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ALONE = [sys.executable, "-m", "distllm.run"]
+FAULTY = str(Path(__file__).parents[1] / "faulty.py")
 WAIT_S = 90.0
 TOKENS = 300
 # In the answers to all of these the best token is always better than the next by far more than rounding.
@@ -221,6 +222,30 @@ def test_the_elastic_rendezvous_starts_all_again(batch: Batch, wanted: Wanted, v
     strike(job.ranks()[victim], signal.SIGKILL)
     ends_well(job)
     assert victim != 0 or "going on from" in said(job)
+    assert batch.answers() == wanted[GREEDY]
+
+
+@pytest.mark.slow
+def test_rank_0_gives_up_and_is_started_again(batch: Batch, wanted: Wanted, tmp_path: Path) -> None:
+    """Rank 1 dies again and again before it registers, for longer than rank 0 waits for it."""
+    orders = tmp_path / "orders"
+    orders.mkdir()
+    shared = ["--master-addr=127.0.0.1", f"--master-port={free_port()}", "--nnodes=2", "--nproc-per-node=1"]
+    agents = [
+        [*TORCHRUN, *shared, "--max-restarts=20", f"--node-rank={rank}", FAULTY, str(orders)] for rank in range(2)
+    ]
+    (orders / "1-arrive").write_text("kill")
+    job = batch.start(*agents, words=["cluster.join_timeout_s=5"])
+
+    def gives_up() -> bool:
+        if (orders / "1-arrive.happened").exists():
+            (orders / "1-arrive.happened").rename(orders / "1-arrive")
+        return "ranks [1] did not " in said(job)
+
+    wait_until(gives_up, lambda: said(job))
+    (orders / "1-arrive").unlink(missing_ok=True)
+    ends_well(job)
+    assert "gave up" not in said(job)
     assert batch.answers() == wanted[GREEDY]
 
 
