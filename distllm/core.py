@@ -135,6 +135,11 @@ class Span:
         layers = max(self.start, other.start) < min(self.stop, other.stop)
         return layers or (self.embed and other.embed) or (self.head and other.head)
 
+    def covers(self, other: Span) -> bool:
+        """Whether all of another span belongs to this one."""
+        layers = self.start <= other.start and other.stop <= self.stop
+        return (layers or not other.layers) and self.embed >= other.embed and self.head >= other.head
+
     def joined(self, other: Span) -> Span:
         """Both as one; they must touch."""
         assert max(self.start, other.start) <= min(self.stop, other.stop), "there is a gap"

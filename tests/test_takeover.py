@@ -18,6 +18,7 @@ from distllm.model.runner import Runner
 from distllm.model.shard import Shard
 from distllm.plan.replan import loaded_bytes
 
+SLOW = pytest.mark.slow
 CPU = torch.device("cpu")
 WHOLE = Span(0, 5, embed=True, head=True)
 # What a rank held, and what it is to hold.
@@ -31,6 +32,12 @@ MOVES = [
     (Span(3, 5, head=True), Span(2, 4)),
     (Span(5, 5, head=True), Span(4, 5, head=True)),
     (Span(1, 2), Span(3, 4)),
+    (WHOLE, WHOLE),
+    (WHOLE, Span(2, 4)),
+    (WHOLE, Span(3, 5, head=True)),
+    (Span(1, 3), Span(1, 3)),
+    (Span(0, 3, embed=True), Span(1, 2)),
+    (Span(2, 5, head=True), Span(4, 4)),
 ]
 
 
@@ -55,7 +62,9 @@ def result(runner: Runner, hidden_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("held", "wanted"), MOVES, ids=str)
 @pytest.mark.parametrize("held_as", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["llama_tied", "gpt2", *(pytest.param(each, marks=SLOW) for each in ("llama", "mixtral"))]
+)
 def test_nothing_is_read_twice(
     kind: str, held_as: str, held: Span, wanted: Span, model_of: Callable[[str], Path]
 ) -> None:
@@ -79,8 +88,27 @@ def test_what_was_taken_is_the_same_memory(model_of: Callable[[str], Path]) -> N
     before = load(known, Span(0, 3, embed=True), None)
     kept = before.shard.base.get_submodule(known.anatomy.layers)[1]
     shard, cache = before.shard, before.cache
-    after = load(known, Span(0, 2, embed=True), None, shard)
+    after = load(known, Span(0, 4, embed=True), None, shard)
     assert after.shard.base.get_submodule(known.anatomy.layers)[1] is kept
     assert not hasattr(shard, "model"), "what it had is in use elsewhere"
     assert after.cache is not cache
-    assert after.shard.kept == {0, 1, "embed"}
+    assert after.shard.kept == {0, 1, 2, "embed"}
+
+
+@pytest.mark.parametrize("wanted", [WHOLE, Span(2, 4)], ids=str)
+def test_what_has_all_of_it_is_not_built_anew(wanted: Span, model_of: Callable[[str], Path]) -> None:
+    known = Blueprint(model_of("llama"), dtype="float32", context_length=None)
+    before = load(known, WHOLE, None)
+    after = load(known, wanted, None, before.shard)
+    assert after.shard is before.shard
+    assert after.shard.span == wanted
+    assert after.cache is not before.cache
+
+
+def test_two_that_have_a_part_each(model_of: Callable[[str], Path]) -> None:
+    known = Blueprint(model_of("llama"), dtype="float32", context_length=None)
+    first, second = load(known, Span(1, 3), None), load(known, Span(3, 5, head=True), None)
+    after = load(known, Span(1, 5, head=True), None, first.shard, second.shard)
+    anew = load(known, Span(1, 5, head=True), None)
+    assert after.shard.read_bytes == 0
+    assert torch.equal(result(after, known.hidden_size), result(anew, known.hidden_size))

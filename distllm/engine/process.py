@@ -6,6 +6,7 @@ The worker's loop runs beside the main thread, which is left to signals and to w
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -147,6 +148,7 @@ def serve(rendezvous: Rendezvous, cluster: ClusterConfig) -> int:
         ValueError: the master cannot be reached or refuses this rank; the sentence says why.
     """
     preload()
+    gc.freeze()  # what is imported stays: looking through it would hold up every change of the ring
     try:
         node = Node(rendezvous, cluster.interface, cluster.join_timeout_s)
     except ConnectionError as error:

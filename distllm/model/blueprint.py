@@ -128,12 +128,21 @@ class Blueprint:
         stage = plan.stage_of(rank)
         if stage is None:
             return None
-        shard = self.shard(stage.span)
-        for each in before:
-            shard.take(each)
-            pages.give_back_memory()
         finish = Finish(recipe, self.dtype if device.type == "cpu" else None, pack_weights, progress)
-        ready = weights.load(shard, self.tensors, device, finish.progress, finish.layer if finish.by_layer else None)
+        shard = next((each for each in before if each.span.covers(stage.span)), None)
+        ready: Ready = {}
+        if shard is None:
+            shard = self.shard(stage.span)
+            for each in before:
+                shard.take(each)
+                pages.give_back_memory()
+            layer = finish.layer if finish.by_layer else None
+            ready = weights.load(shard, self.tensors, device, finish.progress, layer)
+        elif shard.span != stage.span:
+            shard.narrow(stage.span)
+            pages.give_back_memory()
+        else:
+            shard.read_bytes = 0
         shard.drop_table()
         finish.rest(shard.model, ready)
         return Runner(shard, plan, stage, block_tokens=block_tokens, max_requests=max_requests, device=device)

@@ -112,6 +112,16 @@ class Shard:
         self.kept |= kept
         del other.model, other._attention
 
+    def narrow(self, span: Span) -> None:
+        """Lets go of what is outside of a span that it has all of, without being built anew."""
+        assert self.span.covers(span), "the rest would be missing"
+        attention.attach(self.model, None)
+        self._attention = None
+        _empty(self.model, self.anatomy, span, before=self.span)
+        self.span, self.read_bytes = span, 0
+        if span.head:
+            self.drop_table()
+
     def _take_parts(self, other: Shard, names: set[str]) -> None:
         """Those that work before and after the layers have no weights."""
         for name in names - (set(self.anatomy.before) & set(self.anatomy.after)):
@@ -153,15 +163,16 @@ class Shard:
         self.body_done = time.perf_counter()
 
 
-def _empty(model: PreTrainedModel, anatomy: Anatomy, span: Span) -> None:
-    """Replaces what is outside of the span by pass-throughs."""
+def _empty(model: PreTrainedModel, anatomy: Anatomy, span: Span, before: Span | None = None) -> None:
+    """Replaces what is outside of the span by pass-throughs; `before` is the span that it was emptied to already."""
     base = families.base_of(model)
     layers = base.get_submodule(anatomy.layers)
     for index in range(len(layers)):
         if not span.start <= index < span.stop:
             layers[index] = PassThrough(in_tuple=anatomy.in_tuples)
     both = set(anatomy.before) & set(anatomy.after)
-    for name in both:
+    ends_stay = before is not None and (before.embed, before.head) == (span.embed, span.head)
+    for name in () if ends_stay else both:
         if span.embed != span.head:
             base.set_submodule(name, InTurn(base.get_submodule(name), turn=int(span.head)))
         elif not span.embed:
