@@ -375,6 +375,7 @@ def run_with_faulty_python(script: str, fault: str, folder: Path) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
 
+@pytest.mark.slow
 def test_ranks_start_after_others_have_died_half_started(tmp_path: Path) -> None:
     """Rank 1 has joined the group when rank 2 ends without a word; the next ranks find nobody to wait for."""
     done = run_with_faulty_python(HALF_STARTED, "sleep 8; exit 3", tmp_path)

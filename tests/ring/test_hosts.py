@@ -103,7 +103,8 @@ def test_two_hosts_listen_on_their_link_only_and_end_when_it_goes_down(
     start: Start, hosts: Hosts, endless: Path
 ) -> None:
     long = ["sampling.max_tokens=40000", "sampling.ignore_eos=true", "engine.max_requests=2", "prompt=hello"]
-    job = start(job_on(hosts, endless, *long, "cluster.recovery_deadline_s=0"))
+    at_once = ["cluster.recovery_deadline_s=0", "cluster.orphan_deadline_s=0"]
+    job = start(job_on(hosts, endless, *long, *at_once))
     job.wait_for_text()
     ranks = job.ranks()
     assert set(ranks) == {0, 1}

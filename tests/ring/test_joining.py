@@ -130,6 +130,7 @@ def test_a_worker_that_is_needed_stays_when_it_is_told_to_end(
         assert len(llm.plan.stages) == 2
 
 
+@pytest.mark.slow
 def test_losses_of_an_idle_engine_do_not_add_up(model: Path, wanted: dict[SamplingParams, Any]) -> None:
     """A ring that was mended and idles well is a new beginning: what comes later has its own time."""
     with several(model, 3, deadline_s=DEADLINE_S, recovery_deadline_s=4.0) as llm:
@@ -331,6 +332,7 @@ def test_a_part_that_is_held_twice_is_taken_over_without_loading(
         wait_until(is_held, "it is held twice again")
 
 
+@pytest.mark.slow
 def test_the_script_for_one_host_starts_ranks_that_come_back(start: Start, model: Path, answer: str) -> None:
     script = str(Path(__file__).parents[2] / "launch" / "local.sh")
     job = start([["bash", script, "2", *Ring(2, model, MANY).words]])
