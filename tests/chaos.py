@@ -170,7 +170,7 @@ class Chaos:
     def _here(self, ring: Collection[int]) -> list[int]:
         """Spares that have loaded what they may have to take over."""
         crew, epochs = self._llm._engine.job.crew, self._llm._engine.job._epochs
-        return [rank for rank in epochs.held(crew.everybody()) if rank not in ring]
+        return [rank for rank in epochs.holdings.of(crew.everybody()) if rank not in ring]
 
     def strike(self, fault: Fault) -> None:
         """One fault, and what it cost, until the ring is whole again."""
