@@ -320,17 +320,15 @@ def _follow(given: Sequence[str], rank: int) -> int:
     One that was started again may come too late, and must not fail for that.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    restarted = _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     try:
-        code = _concluded()
-        if code is None:
-            code = _serve(given, rank)
-            over = _concluded() if code and restarted else None
-            code = code if over is None else over
+        if (before := _concluded()) is not None:
+            return before
+        code = _serve(given, rank)
+        over = _concluded() if code else None
+        return code if over is None else over
     except ConnectionError:
         print(f"rank {rank} was started again, but the job has ended meanwhile", file=sys.stderr)
-        code = 0
-    return code
+        return 0
 
 
 def _serve(given: Sequence[str], rank: int) -> int:

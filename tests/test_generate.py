@@ -15,7 +15,7 @@ from distllm import generate
 from distllm.config import ClusterConfig, ModelConfig, PlanConfig
 from distllm.core import SamplingParams
 from distllm.engine.reader import Reader
-from distllm.generate import Line, read_lines, read_prompt
+from distllm.generate import read_lines, read_prompt
 from distllm.llm import LLM
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -25,12 +25,6 @@ PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Puts bytes on standard input."""
     return lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
-
-
-def lines_of(*asked: object) -> list[Line]:
-    return [
-        Line(index, index + 1, each if isinstance(each, dict) else {"prompt": each}) for index, each in enumerate(asked)
-    ]
 
 
 def write(folder: Path, content: str | bytes) -> Path:

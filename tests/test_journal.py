@@ -7,7 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,24 +75,24 @@ def test_the_next_one_goes_on(path: Path) -> None:
 
 def test_whole_answers_are_written_from_time_to_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if none of them has a token before its last one."""
-    monkeypatch.setattr(journal, "FLUSH_S", 0.05)
+    monkeypatch.setattr(journal, "FLUSH_S", 3600.0)
     opened = Journal(path, ABOUT)
     opened.accept([("a", FIRST), ("b", SECOND)])
     opened.end("a", "1")
     assert opened.answers() == {}
-    time.sleep(0.06)
+    monkeypatch.setattr(journal, "FLUSH_S", 0.0)
     opened.end("b", "2")
     assert opened.answers() == {"a": "1", "b": "2"}
     opened.close()
 
 
 def test_writes_from_time_to_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "FLUSH_S", 0.05)
+    monkeypatch.setattr(journal, "FLUSH_S", 3600.0)
     opened = Journal(path, ABOUT)
     opened.accept([("a", FIRST)])
     opened.deliver("a", [1])
     assert not opened.holds_something
-    time.sleep(0.06)
+    monkeypatch.setattr(journal, "FLUSH_S", 0.0)
     opened.deliver("a", [1, 2])
     assert opened.holds_something
     opened.close()

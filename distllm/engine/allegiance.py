@@ -93,19 +93,25 @@ class Allegiance:
         """
         self._node.agent.answer()
         before, name = self._master, self._node.master()
-        is_back = name is None or name == before
+        if name is None or name == before:
+            return self._is_back()
         try:
-            if not is_back:
-                self._register(name or before)
-            elif not call_by_name(before, "master", "knows", self._member.life, timeout_s=ANSWER_TIMEOUT_S):
-                raise ConnectionError("the master does not know it")
+            self._register(name)
         except PeerLost as lost:
             logger.debug("%s", lost)
-            if not is_back and not self._node.agent.is_listed():
+            if not self._node.agent.is_listed():
                 raise ConnectionError("it was taken for dead by another master") from lost
             return False
-        if is_back:
-            return True
         with suppress(RuntimeError):  # it was buried already
             bury_by_name(before)
+        return True
+
+    def _is_back(self) -> bool:
+        try:
+            known = call_by_name(self._master, "master", "knows", self._member.life, timeout_s=ANSWER_TIMEOUT_S)
+        except PeerLost as lost:
+            logger.debug("%s", lost)
+            return False
+        if not known:
+            raise ConnectionError("the master does not know it")
         return True

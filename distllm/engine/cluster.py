@@ -70,6 +70,7 @@ class Cluster:
         self._local = local
         self._me = replace(host.describe(0), life=node.life)
         self._deadline_s = deadline_s
+        self._order_s = min(ORDER_TIMEOUT_S, deadline_s)
         self.world_size = world_size
         self._registrar = Registrar(self._me, local.came if local else lambda _: None)
         self.on_news = self._registrar.on_news
@@ -228,7 +229,7 @@ class Cluster:
         Raises:
             EngineError: a rank did not take it; names it.
         """
-        for rank, answer in self._ask(verb, orders, min(ORDER_TIMEOUT_S, self._deadline_s)).items():
+        for rank, answer in self._ask(verb, orders, self._order_s).items():
             if isinstance(answer, PeerLost):
                 raise self.lost({rank: answer}, {})
             if answer is not True:
@@ -240,7 +241,7 @@ class Cluster:
         Raises:
             EngineError: one did not take it.
         """
-        for rank, answer in self._ask("reserve", orders, min(ORDER_TIMEOUT_S, self._deadline_s)).items():
+        for rank, answer in self._ask("reserve", orders, self._order_s).items():
             if isinstance(answer, PeerLost):
                 raise EngineError(f"rank {rank}: {answer.reason}")
 

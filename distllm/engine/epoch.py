@@ -17,7 +17,7 @@ import torch
 from distllm.config import ModelConfig
 from distllm.core import EngineError, Member, Plan, Span, Stage
 from distllm.engine import inquest
-from distllm.engine.cluster import POLL_S, Cluster, Verdict
+from distllm.engine.cluster import POLL_S, VERDICT_TIMEOUT_S, Cluster, Verdict
 from distllm.engine.loading import Kept, Loaded, load
 from distllm.engine.options import Options
 from distllm.engine.orders import BEFORE_STEPS, JoinOrder, LoadOrder, Push, Status
@@ -33,8 +33,6 @@ from distllm.plan.replan import loaded_bytes
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-
-STATUS_TIMEOUT_S = 1.0
 
 
 class Epochs:
@@ -181,7 +179,7 @@ class Epochs:
                 raise EngineError("it is not wanted any more")
             said = {0: (self._reserve.span, self._reserve.failure)}
             for rank, status in self._cluster.statuses(
-                [rank for rank in missing if rank != 0], STATUS_TIMEOUT_S
+                [rank for rank in missing if rank != 0], VERDICT_TIMEOUT_S
             ).items():
                 if isinstance(status, Status):
                     said[rank] = status.reserve, status.reserve_failure

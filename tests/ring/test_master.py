@@ -200,24 +200,16 @@ def test_rank_0_dies_while_the_job_comes_up(batch: Batch, wanted: Wanted, after_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 2])
-def test_one_launcher_for_all_ranks_starts_all_again(batch: Batch, wanted: Wanted, victim: int) -> None:
-    """If another rank dies, rank 0 goes on for the moment that the launcher gives it, and may come to the end."""
-    port = f"--master-port={free_port()}"
-    job = batch.start([*TORCHRUN, port, "--nproc-per-node=3", "--max-restarts=2", "-m", "distllm.run"])
-    batch.wait_for_tokens(job)
-    strike(job.ranks()[victim], signal.SIGKILL)
-    ends_well(job)
-    assert victim != 0 or "going on from" in said(job)
-    assert batch.answers() == wanted[GREEDY]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_elastic_rendezvous_starts_all_again(batch: Batch, wanted: Wanted, victim: int) -> None:
-    agent = [*TORCHRUN, "--nnodes=3", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=one"]
-    agent += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "-m", "distllm.run"]
-    job = batch.start(agent, agent, agent)
+@pytest.mark.parametrize("launcher", ["one for all", "c10d"])
+def test_a_launcher_that_starts_all_ranks_again(batch: Batch, wanted: Wanted, launcher: str, victim: int) -> None:
+    """If another rank dies, rank 0 goes on for the moment that the launcher gives it, and may come to the end."""
+    if launcher == "c10d":
+        elastic = ["--rdzv-backend=c10d", "--rdzv-id=one", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+        agents = 3 * [[*TORCHRUN, *elastic, "--nnodes=3", "--nproc-per-node=1"]]
+    else:
+        agents = [[*TORCHRUN, f"--master-port={free_port()}", "--nproc-per-node=3"]]
+    job = batch.start(*([*agent, "--max-restarts=3", "-m", "distllm.run"] for agent in agents))
     batch.wait_for_tokens(job)
     strike(job.ranks()[victim], signal.SIGKILL)
     ends_well(job)
