@@ -13,6 +13,7 @@ import logging
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -34,6 +35,7 @@ from tolls import OUT_OF_MEMORY, WAIT_S, WOKEN, Fault, Toll, table, wait_until
 from distllm import LLM, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
 from distllm.engine import local
+from distllm.engine.home import home
 from distllm.plan import membership
 
 RANKS = 4
@@ -44,6 +46,7 @@ ON_THE_NET = {"reset": "reset", "half-open": "half-open"}
 IN_A_STEP = INSIDE | ON_THE_NET | OUT_OF_MEMORY | {"SIGSTOP": "stop", WOKEN: "stop"}
 TARGETS = {"second": 1, "middle": 2, "last": RANKS - 1}
 SPARE = "spare"
+SURVIVOR = 1
 BY_SIGNAL = ("idle", "recovery")
 PLACES = {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load"}
 COMING = {"joining": "load", "arriving": "arrive"}
@@ -194,17 +197,22 @@ class Chaos:
         toll.lost += self._requests.lost - lost
         toll.different += self._requests.different - different
 
-    def soak(self, minutes: float, every_s: float) -> list[float]:
-        """A random fault every few seconds, whether the ring is whole again or not; returns when they were."""
+    def soak(self, minutes: float, every_s: float, newcomers: Newcomers) -> list[float]:
+        """A random fault every few seconds, whether the ring is whole again or not; returns when they were.
+
+        New ranks come and go meanwhile; rank 0 and another one are left in peace, to see what they hold in the end.
+        """
         end = time.monotonic() + 60 * minutes
         struck: list[float] = []
         while time.monotonic() < end:
             time.sleep(every_s)
+            newcomers.turn(every_s)
             ring = [stage.rank for stage in self._llm.plan.stages if stage.rank in workers()]
-            others = [rank for rank in ring if rank != 0]
+            others = [rank for rank in ring if rank not in (0, SURVIVOR)]
             if others:
                 kind = self._chance.choice(["SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP", WOKEN])
                 struck.append(self._signal(self._chance.choice(others), kind))
+        newcomers.end()
         return struck
 
     def _measure(self, toll: Toll, began: float) -> None:
@@ -282,11 +290,54 @@ class Chaos:
         return began
 
 
+class Newcomers:
+    """Brand-new ranks, one after the other: each joins, works in the ring for a while, and leaves or is killed."""
+
+    def __init__(self, llm: LLM, folder: Path) -> None:
+        self._llm = llm
+        self._folder = folder
+        self._now: subprocess.Popen[bytes] | None = None
+        self._worked_since: float | None = None
+        self.worked = 0
+
+    def turn(self, stay_s: float) -> None:
+        """Lets one come if none is there; ends the one that has worked for so long."""
+        if self._now is None or (self._worked_since is None and self._now.poll() is not None):
+            self._start()  # the one before may have met a rank that died just then, and given up
+            return
+        assert self._now.poll() is None, "a rank that was well has ended by itself"
+        ring = [stage.rank for stage in self._llm.plan.stages]
+        if self._worked_since is None:
+            if max(ring) >= RANKS:
+                self._worked_since = time.monotonic()
+        elif time.monotonic() - self._worked_since > stay_s:
+            self.end()
+
+    def _start(self) -> None:
+        assert home._node is not None
+        port = home._node.rendezvous.port
+        command = [sys.executable, "-m", "distllm.run", f"cluster.join=127.0.0.1:{port}"]
+        with (self._folder / "newcomers").open("ab") as log:
+            self._now = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def end(self) -> None:
+        """The one that is there is killed or asked to leave, in turn."""
+        if self._now is None:
+            return
+        self._now.send_signal((signal.SIGTERM, signal.SIGKILL)[self.worked % 2])
+        code = self._now.wait(WAIT_S)
+        if self._worked_since is not None:
+            assert code == (0, -signal.SIGKILL)[self.worked % 2], f"a newcomer ended with {code}"
+            self.worked += 1
+        self._now = self._worked_since = None
+
+
 class Gauge:
-    """Memory of the processes and tokens that came, once a second."""
+    """Memory of the ranks that nothing strikes, and of all others, and tokens that came, once a second."""
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
+        self._survivors = {"rank 0": psutil.Process().pid, f"rank {SURVIVOR}": workers()[SURVIVOR].pid}
         self._over = threading.Event()
         self.began = time.monotonic()
         self.samples: list[tuple[float, int, dict[int, int]]] = []
@@ -319,15 +370,20 @@ class Gauge:
             above.axvline(fault - self.began, color="red", linewidth=0.3)
         for pid in {pid for _, _, held in self.samples for pid in held}:
             line = [(at, held[pid] / 10**6) for at, _, held in self.samples if pid in held]
-            below.plot(*zip(*line, strict=True), linewidth=1.5 if pid == psutil.Process().pid else 0.7)
-        below.set_ylabel("memory of each process, MB (rank 0 thick)")
+            survives = pid in self._survivors.values()
+            below.plot(*zip(*line, strict=True), linewidth=1.5 if survives else 0.5, alpha=1.0 if survives else 0.4)
+        below.set_ylabel("memory of each process, MB (survivors thick)")
         below.set_xlabel("seconds; a red line is a fault")
         figure.savefig(file, dpi=120)
 
-    def growth(self) -> float:
-        """MB that rank 0 gained from the end of the first tenth of the time to the end."""
-        mine = [held[psutil.Process().pid] for _, _, held in self.samples]
-        return (statistics.median(mine[-10:]) - statistics.median(mine[len(mine) // 10 :][:10])) / 10**6
+    def growth(self) -> str:
+        """What the survivors hold after the first tenth of the time, and at the end."""
+        said = []
+        for name, pid in self._survivors.items():
+            mine = [held[pid] / 10**6 for _, _, held in self.samples]
+            early, late = statistics.median(mine[len(mine) // 10 :][:10]), statistics.median(mine[-10:])
+            said.append(f"{name} holds {early:.0f} MB, then {late:.0f}")
+        return "; ".join(said)
 
 
 def run(given: argparse.Namespace, folder: Path) -> int:
@@ -352,12 +408,13 @@ def run(given: argparse.Namespace, folder: Path) -> int:
         chaos = Chaos(llm, spares, requests, verdicts, folder, random.Random(given.seed))
         if given.minutes:
             gauge = Gauge(requests)
-            struck = chaos.soak(given.minutes, given.every)
+            newcomers = Newcomers(llm, folder)
+            struck = chaos.soak(given.minutes, given.every, newcomers)
             gauge.end()
             if given.plot:
                 gauge.plot(given.plot, struck)
             faults = len(struck)
-            print(f"{given.minutes:g} minutes; rank 0 has grown by {gauge.growth():.0f} MB")
+            print(f"{given.minutes:g} minutes; {newcomers.worked} new ranks joined and left; {gauge.growth()}")
         else:
             faults = every_fault(chaos, given)
         requests.end()

@@ -133,6 +133,7 @@ def announce(rendezvous: Rendezvous, store: Store, name: str, interface: Interfa
     """
     client = _client(rendezvous.host, rendezvous.port, CONNECT_SLICE_S)
     with reached():
+        store.set(f"host/{rendezvous.rank}", address.network_id())
         store.set(INTERFACE, interface.address)
         store.set(MASTER, name)
         client.set(NOTICE, json.dumps({"job": rendezvous.job, "world_size": rendezvous.world_size}))
