@@ -30,7 +30,8 @@ import chaos_master
 from fakes import tiny_checkpoint
 from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, strike, workers
 from faulty import killed_for_memory
-from tolls import OUT_OF_MEMORY, WAIT_S, WOKEN, Fault, Toll, table, wait_until
+from tolls import OUT_OF_MEMORY, WOKEN, Fault, Toll, table
+from waiting import WAIT_S, wait_until
 
 from distllm import LLM, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig

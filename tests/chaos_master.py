@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,7 +25,8 @@ import psutil
 from fakes import tiny_checkpoint
 from faults import DEADLINE_S
 from faulty import killed_for_memory
-from tolls import OUT_OF_MEMORY, WOKEN, Fault, Toll, wait_until
+from tolls import OUT_OF_MEMORY, WOKEN, Fault, Toll
+from waiting import wait_until
 
 RANKS = 3
 END_S = 120.0
@@ -69,10 +71,11 @@ class Batch:
         agent = [sys.executable, "-m", "torch.distributed.run", "--master-addr=127.0.0.1", f"--master-port={port}"]
         agent += [f"--nnodes={RANKS}", "--nproc-per-node=1", "--max-restarts=9"]
         program = [str(FAULTY), str(self.folder / "orders"), *self.words()]
+        commands = [[*agent, f"--node-rank={rank}", *program] for rank in range(RANKS)]
+        environ = os.environ | {"TMPDIR": str(self.folder)}  # torchrun keeps folders there
         with (self.folder / "log").open("w") as log:
             jobs = [
-                subprocess.Popen([*agent, f"--node-rank={rank}", *program], stderr=log, stdin=subprocess.DEVNULL)
-                for rank in range(RANKS)
+                subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, env=environ) for command in commands
             ]
         try:
             yield jobs

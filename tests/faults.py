@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+from waiting import wait_until
 
 from distllm import LLM, Output, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
@@ -26,11 +26,12 @@ LONG = "many words, " * 20
 def strike(process: psutil.Process, sign: signal.Signals) -> None:
     """Sends a signal and proves that it did what it should."""
     process.send_signal(sign)
-    deadline = time.monotonic() + 5
     struck = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) if sign == signal.SIGKILL else (psutil.STATUS_STOPPED,)
-    while process.is_running() and process.status() not in struck:
-        assert time.monotonic() < deadline, f"{sign} had no effect: {process.status()}"
-        time.sleep(0.005)
+    wait_until(
+        lambda: not process.is_running() or process.status() in struck,
+        lambda: f"{sign} had no effect: {process.status()}",
+        timeout_s=5,
+    )
 
 
 def tokens(outputs: Sequence[Output]) -> list[tuple[int, ...]]:
@@ -82,10 +83,7 @@ class Running:
         )
 
     def wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while self.sampled < self._before + count:
-            assert time.monotonic() < deadline, "no token came"
-            time.sleep(0.005)
+        wait_until(lambda: self.sampled >= self._before + count, "no token came", WAIT_S)
         assert self._thread.is_alive(), "over before the fault"
 
     def tokens(self) -> list[tuple[int, ...]]:

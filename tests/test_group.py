@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
 from torch.distributed import PrefixStore, Store
+from waiting import wait_until
 
 from distllm.net import group, store
 from distllm.net.group import AgentId, Group
@@ -62,8 +62,7 @@ def test_the_dead_of_this_host_are_struck_off(shared: Store, sleeper: subprocess
     if reaped:
         sleeper.wait()
     else:
-        while psutil.Process(sleeper.pid).status() != psutil.STATUS_ZOMBIE:
-            time.sleep(0.01)
+        wait_until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_ZOMBIE, "it is not killed")
     comes.make_way(succeeds=False)
     assert names(comes) == ["rank2_b"]
     assert not shared.check(["names/1"])

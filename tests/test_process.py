@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
+from waiting import wait_until
 
 from distllm.core import Member
 from distllm.engine import process
@@ -127,10 +127,10 @@ def test_a_rank_rests_until_it_has_a_master_again(
     thread.start()
     for lives in range(1, 3):
         master.known = CLOSED
-        _until(lambda lives=lives: caplog.text.count("waits for another master") == lives)
+        wait_until(lambda lives=lives: caplog.text.count("waits for another master") == lives, "it does not wait")  # type: ignore[misc]
         assert worker.rests == lives
         master.known = master.renewed = True
-        _until(lambda lives=lives: caplog.text.count("has a master again") == lives)
+        wait_until(lambda lives=lives: caplog.text.count("has a master again") == lives, "it has no master")  # type: ignore[misc]
         master.renewed = False
     mine.code = 3
     mine.done.set()
@@ -166,10 +166,3 @@ def test_a_rank_whose_store_is_gone_too_ends(
     assert watch().wait() == 1
     told = f"{MEMBER} ends: of the master, its connection is closed; the job's store is gone"
     assert [record.message for record in caplog.records] == [told]
-
-
-def _until(seen: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

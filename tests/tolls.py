@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from faulty import CGROUPS
 
-WAIT_S = 90.0
 WOKEN = "SIGSTOP, woken"
 OUT_OF_MEMORY = {"out of memory": "memory"} if os.access(CGROUPS, os.W_OK) else {}
 
@@ -34,13 +31,6 @@ class Toll:
     different: int = 0
     noticed_s: list[float] = field(default_factory=list)
     next_token_s: list[float] = field(default_factory=list)
-
-
-def wait_until(seen: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not seen():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

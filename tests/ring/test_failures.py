@@ -19,6 +19,7 @@ import pytest
 from conftest import Job, agent_per_rank, free_port, one_agent
 from fakes import tiny_checkpoint
 from faults import strike
+from waiting import wait_until
 
 from distllm import LLM, EngineError, SamplingParams
 from distllm.config import ClusterConfig
@@ -178,10 +179,7 @@ def test_a_death_in_an_idle_ring_is_noticed_before_a_long_deadline(tmp_path: Pat
     with LLM(tiny_checkpoint(tmp_path), cluster=cluster) as llm:
         (worker,) = psutil.Process().children()
         strike(worker, signal.SIGKILL)
-        deadline = time.monotonic() + END_S
-        while time.monotonic() < deadline and not noticed():
-            time.sleep(0.5)
-        assert noticed()
+        wait_until(noticed, "it was not noticed", END_S)
         with pytest.raises(EngineError, match=rf"rank 1 \(host \S+, pid {worker.pid}\) is lost: killed by SIGKILL"):
             llm.generate("hello")
 

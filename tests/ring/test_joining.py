@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import Job, free_port
 from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, WAIT_S, Running, several, strike, tokens, workers
+from waiting import wait_until
 
 from distllm import LLM, SamplingParams
 from distllm.config import PlanConfig
@@ -23,13 +24,6 @@ from distllm.engine.cluster import Cluster
 from distllm.plan import membership
 
 Start = Callable[[Sequence[Sequence[str]]], Job]
-
-
-def wait_until(seen: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not seen():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def serving(llm: LLM, ranks: Sequence[int], params: SamplingParams, wanted: Any, timeout_s: float = WAIT_S) -> None:

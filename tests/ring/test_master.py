@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from conftest import Job, free_port
 from fakes import tiny_checkpoint
 from faults import strike
+from waiting import WAIT_S, wait_until
 
 from distllm import LLM, SamplingParams
 from distllm.config import ClusterConfig, PlanConfig
@@ -26,7 +26,6 @@ LOCAL = str(Path(__file__).parents[2] / "launch" / "local.sh")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ALONE = [sys.executable, "-m", "distllm.run"]
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")
-WAIT_S = 90.0
 TOKENS = 300
 # In the answers to all of these the best token is always better than the next by far more than rounding.
 PROMPTS = [f"{number} words" for number in (0, 1, 2, 4, 6, 7, 8, 9)]
@@ -36,13 +35,6 @@ WORDS = {GREEDY: [], SEEDED: ["sampling.temperature=1.5", "sampling.repetition_p
 
 Start = Callable[[Sequence[Sequence[str]]], Job]
 Wanted = dict[SamplingParams, list[tuple[int, ...]]]
-
-
-def wait_until(seen: Callable[[], Any], what: Callable[[], str]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not seen():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
