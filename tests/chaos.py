@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import chaos_master
 from fakes import tiny_checkpoint
 from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, strike, workers
-from faulty import killed_for_memory
+from faulty import killed_for_memory, order
 from tolls import OUT_OF_MEMORY, WOKEN, Fault, Toll, table
 from waiting import WAIT_S, wait_until
 
@@ -246,10 +246,10 @@ class Chaos:
             wait_until(lambda: self.verdicts.first_after(first, "is started again"), "it was not started again")
             return self._inside(victim, COMING[fault.phase], fault.kind)
         process = workers()[victim]
-        order = self._order(victim, PLACES[fault.phase], fault.kind)
+        happened = self._order(victim, PLACES[fault.phase], fault.kind)
         if fault.phase in ("forming", "loading"):
             strike(workers()[other], signal.SIGKILL)
-        began = self._proven(order)
+        began = self._proven(happened)
         if fault.kind in OUT_OF_MEMORY:
             wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE, "it is not killed")
             assert killed_for_memory(process.pid), "it was not for its memory"
@@ -260,13 +260,10 @@ class Chaos:
         return began
 
     def _order(self, rank: int, place: str, kind: str) -> Path:
-        order = self._folder / f"{rank}-{place}"
-        order.with_suffix(".happened").unlink(missing_ok=True)
-        order.write_text(IN_A_STEP[kind])
-        return order
+        return order(self._folder, rank, place, IN_A_STEP[kind])
 
-    def _proven(self, order: Path) -> float:
-        wait_until(lambda: order.with_suffix(".happened").exists(), f"{order.name} did not happen")
+    def _proven(self, happened: Path) -> float:
+        wait_until(happened.exists, f"no {happened.name}")
         return time.monotonic()
 
     def _inside(self, rank: int, place: str, kind: str) -> float:
@@ -435,7 +432,7 @@ def every_fault(chaos: Chaos, given: argparse.Namespace) -> int:
         print(f"{number} {fault.kind}, {fault.phase}, {fault.target}", file=sys.stderr, flush=True)
         try:
             chaos.strike(fault)
-        except AssertionError as error:
+        except (AssertionError, psutil.Error) as error:
             for at, text in chaos.verdicts.said[-30:]:
                 print(f"  {at:.2f} {text}", file=sys.stderr)
             chaos.give_up()

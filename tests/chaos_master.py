@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 from fakes import tiny_checkpoint
 from faults import DEADLINE_S
-from faulty import killed_for_memory
+from faulty import killed_for_memory, order
 from tolls import OUT_OF_MEMORY, WOKEN, Fault, Toll
 from waiting import wait_until
 
@@ -92,11 +92,6 @@ class Batch:
         (process,) = psutil.Process(jobs[rank].pid).children()
         return process
 
-    def order(self, rank: int, place: str, kind: str) -> Path:
-        order = self.folder / "orders" / f"{rank}-{place}"
-        order.write_text(kind)
-        return order.with_suffix(".happened")
-
     def left(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "here").iterdir())
 
@@ -111,7 +106,7 @@ def strike(batch: Batch, fault: Fault) -> None:
         AssertionError: the fault did not happen, the job did not end well, or left something.
     """
     rank = TARGETS[fault.target]
-    happened = batch.order(rank, PHASES[fault.phase], KINDS[fault.kind])
+    happened = order(batch.folder / "orders", rank, PHASES[fault.phase], KINDS[fault.kind])
     with batch.running() as jobs:
         seen: dict[int, psutil.Process] = {}
 

@@ -115,14 +115,25 @@ def killed_for_memory(pid: int) -> bool:
     return int(words[words.index("oom_kill") + 1]) > 0
 
 
+def order(folder: Path, rank: int, place: str, kind: str) -> Path:
+    """Has a rank fail at the next time that it is in a place; returns the file that is there when it has happened."""
+    wanted = folder / f"{rank}-{place}"
+    happened = wanted.with_suffix(".happened")
+    happened.unlink(missing_ok=True)
+    draft = wanted.with_suffix(".draft")
+    draft.write_text(kind)
+    draft.rename(wanted)  # whole as soon as it is there
+    return happened
+
+
 def spoil(folder: Path, rank: int, place: str, owner: Any, name: str, here: Callable[..., bool]) -> None:
     real = getattr(owner, name)
-    order = folder / f"{rank}-{place}"
+    wanted = folder / f"{rank}-{place}"
 
     def faulty(*given: Any, **named: Any) -> Any:
-        if order.exists() and here(*given, **named):
-            kind = order.read_text()
-            order.rename(folder / f"{rank}-{place}.happened")
+        if wanted.exists() and here(*given, **named):
+            kind = wanted.read_text()
+            wanted.rename(wanted.with_suffix(".happened"))
             fail(kind)
         return real(*given, **named)
 
