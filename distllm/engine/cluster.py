@@ -420,4 +420,4 @@ def _heard(answer: Answer | PeerLost) -> object:
         return answer if isinstance(answer, PeerLost) else answer.wait()
     except PeerLost as lost:
         logger.debug("no answer: %s", lost)
-        return lost
+        return lost.with_traceback(None)  # as a value it keeps no frames, and what rings have in them, alive

@@ -253,7 +253,8 @@ class Answer:
                 time.sleep(LISTEN_S)
             return self._future.wait()
         except RuntimeError as error:
-            raise _lost(self._name, error) from error
+            # torch's future keeps the error; if that kept this frame, and so the future, neither would ever be freed.
+            raise _lost(self._name, error) from error.with_traceback(None)
 
 
 def ask_by_name(name: str, key: str, verb: str, *args: object, timeout_s: float) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import signal
 import sys
@@ -20,6 +21,7 @@ from test_failures import FAULTY_RANK
 from distllm import LLM, EngineError, SamplingParams
 from distllm.engine import epoch
 from distllm.engine.cluster import Cluster
+from distllm.net.wire import Wire
 
 Start = Callable[[Sequence[Sequence[str]]], Job]
 
@@ -88,6 +90,9 @@ def test_an_idle_ring_is_mended_before_the_next_request(model: Path, wanted: dic
         strike(workers()[2], signal.SIGKILL)
         assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
         assert [stage.rank for stage in llm.plan.stages] == [0, 1]
+        gc.collect()
+        wires = sum(type(each) is Wire for each in gc.get_objects())
+        assert wires == 1, "of the ring that broke nothing is left"
 
 
 def test_a_stream_has_no_gap_and_no_repetition(model: Path) -> None:
