@@ -304,9 +304,9 @@ class Newcomers:
             self._start()  # the one before may have met a rank that died just then, and given up
             return
         assert self._now.poll() is None, "a rank that was well has ended by itself"
-        ring = [stage.rank for stage in self._llm.plan.stages]
         if self._worked_since is None:
-            if max(ring) >= RANKS:
+            job, pid = self._llm._engine.job, self._now.pid
+            if any(member.pid == pid and job.plan.stage_of(member.rank) for member in job.members):
                 self._worked_since = time.monotonic()
         elif time.monotonic() - self._worked_since > stay_s:
             self.end()

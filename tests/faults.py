@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from waiting import wait_until
+from waiting import WAIT_S, wait_until
 
 from distllm import LLM, Output, SamplingParams
 from distllm.config import ClusterConfig, EngineConfig, PlanConfig
 
 DEADLINE_S = 2.0
-WAIT_S = 60.0
 TOKENS = 80
 GREEDY = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=1.5, top_p=0.9, repetition_penalty=1.1, seed=7)

@@ -77,7 +77,7 @@ def test_random_faults(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("how", [["--faults", "24", "--seed", "5"], ["--minutes", "0.5", "--every", "5", "--plot"]])
+@pytest.mark.parametrize("how", [["--faults", "24", "--seed", "5"], ["--minutes", "1.2", "--seed", "3", "--plot"]])
 def test_the_script_of_many_faults(how: list[str], tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "launch" / "chaos.sh"
     picture = tmp_path / "soak.png"
@@ -89,3 +89,7 @@ def test_the_script_of_many_faults(how: list[str], tmp_path: Path) -> None:
     assert int(counts[1]) >= 3
     assert int(counts[2]) > 0
     assert picture.exists() == (how[-1] == "--plot")
+    if picture.exists():
+        joined = re.search(r"; (\d+) new ranks joined and left; ", done.stdout)
+        assert joined, done.stdout
+        assert int(joined[1]) >= 1

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 from conftest import Job, free_port
-from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, WAIT_S, Running, several, strike, tokens, workers
-from waiting import wait_until
+from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, Running, several, strike, tokens, workers
+from waiting import WAIT_S, wait_until
 
 from distllm import LLM, SamplingParams
 from distllm.config import PlanConfig

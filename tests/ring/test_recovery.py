@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from conftest import Job, agent_per_rank, free_port
-from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, WAIT_S, Running, several, strike, tokens, workers
+from faults import DEADLINE_S, GREEDY, LONG, PROMPTS, SEEDED, Running, several, strike, tokens, workers
 from test_failures import FAULTY_RANK
+from waiting import WAIT_S
 
 from distllm import LLM, EngineError, SamplingParams
 from distllm.engine import epoch
