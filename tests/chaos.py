@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,7 @@ from distllm.engine.home import home
 from distllm.plan import membership
 
 RANKS = 4
+LATEST = 20_000  # tokens, of which it is known when they came
 FAULTY = Path(__file__).parent / "faulty.py"
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP, "SIGSEGV": signal.SIGSEGV}
 INSIDE = {"SIGKILL": "kill", "SIGSEGV": "segfault", "exception": "raise", "_exit": "exit", "hang": "hang"}
@@ -85,7 +87,9 @@ class Requests:
         self._over = threading.Event()
         self._pause = threading.Event()
         self.paused = threading.Event()
-        self.came: list[float] = []
+        self.came = 0
+        self._came_at: deque[float] = deque(maxlen=LATEST)
+        self._lock = threading.Lock()
         self.ended = self.lost = self.different = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -114,7 +118,9 @@ class Requests:
             try:
                 for piece in self._llm.stream(prompt, params):
                     tokens += piece.token_ids
-                    self.came.append(time.monotonic())
+                    with self._lock:
+                        self.came += 1
+                        self._came_at.append(time.monotonic())
             except Exception as error:  # noqa: BLE001 - whatever ends a request early loses it
                 if not self._over.is_set():
                     print(f"lost: {error}", file=sys.stderr)
@@ -142,11 +148,13 @@ class Requests:
         assert not self._thread.is_alive(), "requests hang"
 
     def wait_for(self, more: int) -> None:
-        goal = len(self.came) + more
-        wait_until(lambda: len(self.came) >= goal, "no token came")
+        goal = self.came + more
+        wait_until(lambda: self.came >= goal, "no token came")
 
     def first_after(self, when: float) -> float | None:
-        return next((at for at in self.came if at >= when), None)
+        """When the first token came, of the latest, since then."""
+        with self._lock:
+            return next((at for at in self._came_at if at >= when), None)
 
 
 class Chaos:
@@ -349,7 +357,7 @@ class Gauge:
             for process in workers().values():
                 with suppress(psutil.Error):
                     held[process.pid] = process.memory_info().rss
-            self.samples.append((time.monotonic() - self.began, len(self._requests.came), held))
+            self.samples.append((time.monotonic() - self.began, self._requests.came, held))
 
     def end(self) -> None:
         self._over.set()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -71,3 +74,30 @@ def test_small_and_scattered_tensors_are_left_alone() -> None:
         pages.bring(tensor)
         pages.give_back(tensor)
         assert tensor.all()
+
+
+HEAPS = """
+import sys, threading
+from distllm.model import pages
+
+if sys.argv[1] == "shared":
+    pages.share_one_heap()
+held, all_hold = [], threading.Barrier(9)
+def hold():
+    held.append(bytes(100_000))
+    all_hold.wait(30)
+for _ in range(8):
+    threading.Thread(target=hold).start()
+all_hold.wait(30)
+libc = pages._libc
+libc.fdopen.restype = pages.ctypes.c_void_p
+libc.malloc_info(0, pages.ctypes.c_void_p(libc.fdopen(1, b"w")))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.parametrize(("how", "heaps"), [("shared", 1), ("by themselves", 2)])
+def test_threads_share_one_heap(how: str, heaps: int) -> None:
+    told = subprocess.run([sys.executable, "-c", HEAPS, how], capture_output=True, text=True, timeout=60, check=True)
+    found = told.stdout.count("<heap nr=")
+    assert found == 1 if heaps == 1 else found >= heaps, told.stdout[-2000:]

@@ -21,6 +21,7 @@ from distllm.engine.orders import Status
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.reader import Reader
 from distllm.engine.stored import stored_quantization
+from distllm.model import pages
 from distllm.net.store import Rendezvous
 from distllm.plan.blocks import BlockPool
 from distllm.plan.scheduler import Scheduler
@@ -73,6 +74,7 @@ class Engine:
     """
 
     def __init__(self, options: Options, reader: Reader, launched: Rendezvous | None) -> None:
+        pages.share_one_heap()
         self._tokenizer = reader.tokenizer
         self._numbers = itertools.count()
         stored_quantization(options.quantization, reader.blueprint.checkpoint)  # refused before ranks come up

@@ -20,6 +20,7 @@ from distllm.core import Member
 from distllm.engine import host
 from distllm.engine.allegiance import Allegiance
 from distllm.engine.worker import Worker
+from distllm.model import pages
 from distllm.model.blueprint import preload
 from distllm.net.control import JoinFailed, PeerLost, expose
 from distllm.net.node import Node
@@ -147,6 +148,7 @@ def serve(rendezvous: Rendezvous, cluster: ClusterConfig) -> int:
     Raises:
         ValueError: the master cannot be reached or refuses this rank; the sentence says why.
     """
+    pages.share_one_heap()
     preload()
     gc.freeze()  # what is imported stays: looking through it would hold up every change of the ring
     try:

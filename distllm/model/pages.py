@@ -13,6 +13,8 @@ import torch
 
 # Linux 5.14; an older one refuses it, and pages come when they are touched.
 MADV_POPULATE_READ = 22
+# glibc's number for mallopt.
+M_ARENA_MAX = -8
 
 _libc = ctypes.CDLL(None)
 
@@ -54,6 +56,17 @@ def trim_heap() -> None:
     trim = getattr(_libc, "malloc_trim", None)
     if trim is not None:  # glibc's; other libraries give back by themselves
         trim(ctypes.c_size_t(0))
+
+
+def share_one_heap() -> None:
+    """Has all threads of this process allocate from one heap, as far as they have not begun with others.
+
+    glibc gives threads heaps of their own, up to eight for each core, and keeps the free end of each. New threads load
+    each epoch's parts: with every rank that was lost, rank 0 grew by 0.2 MB.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _pages(tensor: torch.Tensor, *, outer: bool) -> tuple[int, int]:
