@@ -74,6 +74,7 @@ class Home:
         Raises:
             ValueError, EngineError: they do not come up, or serve another model; the sentence says why.
         """
+        self._end_at_exit()
         if self._launched is None:
             if self._node is not None:
                 raise EngineError("the ranks of the launcher did not come up the first time; start the job again")

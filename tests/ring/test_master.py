@@ -68,7 +68,7 @@ class Batch:
     def wait_for_tokens(self, job: Job) -> None:
         """Until some of the answers are in the journal."""
         wal = self.journal.with_name(self.journal.name + "-wal")
-        wait_until(wal.exists, lambda: f"there is no journal: {said(job)}")
+        wait_until(lambda: "holds" in said(job), lambda: f"nothing is loaded: {said(job)}")  # prompts are there before
         before = wal.stat().st_size
         wait_until(lambda: wal.stat().st_size > before + 2**14, lambda: f"nothing is written: {said(job)}")
 
