@@ -198,6 +198,8 @@ class Chaos:
             self._requests.go_on()
         toll = self.tolls.setdefault(fault, Toll())
         toll.faults += 1
+        if fault.target == SPARE and fault.kind != WOKEN:
+            self._noticed(began)  # until then it counts as here
         if fault.kind == WOKEN or fault.phase in COMING or fault.target == SPARE:
             self._requests.wait_for(50)  # no ring breaks
         else:
@@ -224,11 +226,15 @@ class Chaos:
         newcomers.end()
         return struck
 
-    def _measure(self, toll: Toll, began: float) -> None:
+    def _noticed(self, began: float) -> float:
         words = ("is lost", "hangs in", "failed in", "stands still", "no such kernel", "the ring broke although")
         wait_until(lambda: self.verdicts.first_after(began, *words), "the fault was not noticed")
         noticed = self.verdicts.first_after(began, *words)
         assert noticed is not None
+        return noticed
+
+    def _measure(self, toll: Toll, began: float) -> None:
+        noticed = self._noticed(began)
         wait_until(lambda: self._requests.first_after(noticed), "no token came after the fault")
         came = self._requests.first_after(noticed)
         assert came is not None
