@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from distllm.core import EngineError, Output, Piece, SamplingParams, Usage
 
 if TYPE_CHECKING:
+    from distllm.grammars import json_grammar
     from distllm.llm import LLM, serve_here
 
-__all__ = ["LLM", "EngineError", "Output", "Piece", "SamplingParams", "Usage", "serve_here"]
+__all__ = ["LLM", "EngineError", "Output", "Piece", "SamplingParams", "Usage", "json_grammar", "serve_here"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from distllm import llm
 
         return getattr(llm, name)
+    if name == "json_grammar":
+        from distllm.grammars import json_grammar
+
+        return json_grammar
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

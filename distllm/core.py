@@ -5,10 +5,15 @@ Knows no torch, no network, no configuration file and no clock: plain values tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+
+
+# Frames have room for so many.
+MOST_BIASES, MOST_LOGPROBS = 300, 20
 
 
 class EngineError(RuntimeError):
@@ -26,7 +31,12 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probabilities reach p, in (0, 1].
         min_p: drop tokens less likely than min_p times the likeliest, in [0, 1).
         repetition_penalty: divides positive and multiplies negative logits of seen tokens (CTRL, 2019); 1 is off.
+        presence_penalty: taken off the logits of tokens that the answer has, in [-2, 2]; 0 is off.
+        frequency_penalty: the same for each time that the answer has them.
+        logit_bias: added to the logits of some tokens, by their ids; each in [-100, 100].
+        logprobs: tells the log-probability of each token, and of so many of the likeliest in its place; None does not.
         seed: makes sampling repeatable; None draws one when the request is accepted.
+        grammar: what the answer must be, in llguidance's form: `distllm.json_grammar` makes one of a JSON schema.
         stop: strings that end the text; they are not part of it.
         ignore_eos: go on to max_tokens whatever the model says.
 
@@ -40,13 +50,20 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         given: object = self.stop  # a list or one string will do
         object.__setattr__(self, "stop", (given,) if isinstance(given, str) else tuple(self.stop))
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else self.logit_bias
+        object.__setattr__(self, "logit_bias", tuple(sorted((int(token), float(value)) for token, value in bias)))
         rules = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "a finite number of 0 or more"),
@@ -54,6 +71,11 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and less than 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "a finite number above 0"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("logit_bias", len(self.logit_bias) <= MOST_BIASES, f"at most {MOST_BIASES} tokens"),
+            ("logit_bias", all(-100 <= value <= 100 for _, value in self.logit_bias), "numbers from -100 to 100"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
         )
@@ -89,11 +111,23 @@ class Usage:
     completion_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely a token was by the model alone, as the natural logarithm of its probability.
+
+    `top` are the likeliest tokens of its place with theirs, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What became of one prompt.
 
-    `prompt` is as it was given: a text, token ids, or chat messages.
+    `prompt` is as it was given: a text, token ids, or chat messages. `logprobs` are of the tokens, if asked for.
     """
 
     index: int
@@ -102,6 +136,7 @@ class Output:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     usage: Usage
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +146,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +285,8 @@ class Row:
 
     `tokens` start at position `start`; the request's KV lies in `runs`, pairs of (first block, blocks) in order of
     position. `samples` says that a token is wanted after the last one. `params` comes with a request's first row of
-    an epoch and tells the last stage to start its history in `slot` anew.
+    an epoch and tells the last stage to start its history in `slot` anew; `prompt` is then the length of the prompt.
+    `allowed`, if it is not empty, has a bit for each token, the lowest first: whether it may be sampled.
     """
 
     request: int
@@ -259,6 +296,8 @@ class Row:
     runs: tuple[tuple[int, int], ...]
     samples: bool
     params: SamplingParams | None = None
+    prompt: int = 0
+    allowed: bytes = b""
 
     @property
     def stop(self) -> int:

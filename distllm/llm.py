@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from distllm.config import ClusterConfig, EngineConfig, ModelConfig, PlanConfig, QuantizationConfig, WeightsConfig
-from distllm.core import FinishReason, Output, Piece, Plan, Request, SamplingParams, Usage
+from distllm.core import EngineError, FinishReason, Logprob, Output, Piece, Plan, Request, SamplingParams, Usage
 from distllm.engine import process
 from distllm.engine.engine import Engine
 from distllm.engine.home import home
@@ -258,6 +258,44 @@ class LLM:
             if not finished:
                 self._engine.master.cancel(number)
 
+    def submit(self, request: Request, hear: Callable[[Piece | Exception], None]) -> int:
+        """Queues a request and returns at once; its pieces, or the error that ends it, are heard as they come.
+
+        Args:
+            request: of `request` or `chat_request`.
+            hear: called from the engine's thread, which waits for it.
+
+        Returns:
+            The number to `cancel` it by.
+
+        Raises:
+            ValueError: the ranks have too little KV room for it.
+            EngineError: the engine has ended.
+        """
+        return self._engine.submit(request, hear)
+
+    def cancel(self, number: int) -> None:
+        """Ends a submitted request early; no more is heard of it."""
+        self._engine.master.cancel(number)
+
+    @property
+    def failure(self) -> EngineError | None:
+        """Why the engine has ended; None while it runs."""
+        return self._engine.master.failure
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        """Has somebody told, from the engine's thread, when the engine ends."""
+        self._engine.master.on_end(told)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for; it may be a part of a character."""
+        return self._reader.tokenizer.token_bytes(token)
+
+    @property
+    def most_requests(self) -> int:
+        """How many run at once; further ones wait."""
+        return self._engine.job.options.engine.max_requests
+
     def close(self) -> None:
         """Frees the model; ranks that were started for it end, those of a launcher stay for the next one."""
         self._engine.close()
@@ -278,6 +316,7 @@ class Draft:
     request: Request
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     number: int | None = None  # the engine's, once it has taken the request
 
@@ -289,6 +328,7 @@ class Draft:
         piece = _raised(piece)
         self.texts.append(piece.text)
         self.token_ids.extend(piece.token_ids)
+        self.logprobs.extend(piece.logprobs)
         self.finish_reason = piece.finish_reason
 
     def output(self) -> Output:
@@ -300,6 +340,7 @@ class Draft:
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             usage=Usage(len(self.request.tokens), len(self.token_ids)),
+            logprobs=tuple(self.logprobs),
         )
 
 

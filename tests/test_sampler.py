@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from distllm.core import SamplingParams
-from distllm.model.sampler import Sampler, candidates, draw, first_largest, random_bits
+from distllm.model.sampler import Sampler, candidates, draw, exponential, first_largest, random_bits
 
 CHI_SQUARE_15 = 44.3  # exceeded with probability 1e-4 by 15 degrees of freedom
 VARIETY = (
@@ -187,9 +188,33 @@ def test_a_row_gets_the_same_token_alone_and_among_others(dtype: torch.dtype, vo
 
 
 def test_a_token_without_weight_is_never_drawn() -> None:
-    weights_N = torch.tensor([0, 0, 5, 0, 3, 0, 0])
-    ends = [int(draw(weights_N, bits)) for bits in (0, 2**64 * 5 // 8 - 1, 2**64 * 5 // 8, 2**64 - 1)]
-    assert ends == [2, 2, 4, 4]
+    tokens_N, weights_N = torch.tensor([1, 5, 700, 701, 5000, 5001]), torch.tensor([0, 5, 0, 0, 3, 0])
+    drawn = {int(draw(tokens_N, weights_N, random_bits(1, position))) for position in range(100)}
+    assert drawn == {5, 5000}
+
+
+def test_exponential_times_are_those_of_splitmix64() -> None:
+    for bits in (0, 12345, 2**63, 2**64 - 1):
+        stream = splitmix64(bits)
+        expected = [-math.log(((next(stream) >> 11) + 0.5) / 2**53) for _ in range(6)]
+        assert exponential(bits, torch.arange(6)).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_blocks_and_the_tokens_in_them_are_drawn_by_weight() -> None:
+    tokens_N, weights_N = torch.tensor([0, 1, 511, 512, 4000, 49151]), torch.tensor([5, 1, 10, 30, 4, 50])
+    drawn = torch.stack([draw(tokens_N, weights_N, random_bits(4, position)) for position in range(10000)])
+    counts = (drawn[:, None] == tokens_N).sum(dim=0)
+    assert int(counts.sum()) == 10000
+    assert chi_square(counts, weights_N / weights_N.sum()) < 25.7  # 5 degrees of freedom, 1e-4
+
+
+def test_the_last_bits_of_logits_change_next_to_no_draw() -> None:
+    logits_V = random_logits(1, 49152)[0]
+    noise_V = random_logits(1, 49152, seed=1)[0] * 1e-5
+    params = SamplingParams(seed=9, temperature=1.0)
+    positions = range(1000)
+    changed = draws(params, logits_V, positions) != draws(params, logits_V + noise_V, positions)
+    assert int(changed.sum()) <= 1  # of the inverse of the distribution function, 26 did
 
 
 def test_excluded_tokens_are_never_drawn() -> None:
@@ -314,6 +339,58 @@ def test_penalty_applies_to_draws_too() -> None:
     tokens = sampler.sample(logits_V.expand(4000, -1), [0] * 4000, range(4000))
     probabilities = torch.tensor([2.0, 1.0, -2.0, 0.0]).softmax(dim=0)
     assert chi_square(tokens.bincount(minlength=4), probabilities) < 21.1  # 3 degrees of freedom, 1e-4
+
+
+def test_presence_and_frequency_penalties_count_the_answer_only() -> None:
+    """As OpenAI's documentation has it: mu[j] - c[j] * frequency - float(c[j] > 0) * presence."""
+    logits_V = random_logits(1, 64)[0]
+    prompt, answer = [5, 9, 9], [7, 9, 7, 7]
+    sampler = Sampler(1, 64, "cpu")
+    params = SamplingParams(seed=0, presence_penalty=0.5, frequency_penalty=0.75)
+    sampler.start(0, params, len(prompt))
+    sampler.see(0, [*prompt, *answer[:1]], 0)  # a replay brings both at once
+    sampler.see(0, answer[1:], 4)
+    counts_V = torch.tensor(answer).bincount(minlength=64)
+    expected_V = logits_V - counts_V * 0.75 - (counts_V > 0).float() * 0.5
+    changed_V = sampler._of(0).changed(logits_V)
+    assert torch.allclose(changed_V, expected_V)
+    assert not torch.allclose(changed_V[[7, 9]], logits_V[[7, 9]])
+
+
+def test_penalties_turn_a_greedy_answer_away_from_what_it_has() -> None:
+    logits_BV = torch.tensor([[2.0, 1.9, 0.0]])
+    sampler = Sampler(1, 3, "cpu")
+    sampler.start(0, SamplingParams(seed=0, presence_penalty=0.5), 1)
+    sampler.see(0, [0], 0)
+    assert sampler.sample(logits_BV, [0], [1]).tolist() == [0], "the prompt is not the answer"
+    sampler.see(0, [0], 1)
+    assert sampler.sample(logits_BV, [0], [2]).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_forces_and_forbids(temperature: float) -> None:
+    logits_BV = random_logits(50, 64)
+    sampler = Sampler(2, 64, "cpu")
+    sampler.start(0, SamplingParams(seed=0, temperature=temperature, logit_bias={33: 100}))
+    sampler.start(1, SamplingParams(seed=0, temperature=temperature, logit_bias=dict.fromkeys(range(32), -100)))
+    assert set(sampler.sample(logits_BV, [0] * 50, range(50)).tolist()) == {33}
+    assert min(sampler.sample(logits_BV, [1] * 50, range(50)).tolist()) >= 32
+
+
+def test_logprobs_are_of_the_model_alone() -> None:
+    logits_BV = random_logits(3, 64)
+    sampler = Sampler(3, 64, "cpu")
+    sampler.start(0, SamplingParams(seed=0, logprobs=3, logit_bias={33: 100}))
+    sampler.start(1, SamplingParams(seed=0))
+    sampler.start(2, SamplingParams(seed=0, logprobs=0))
+    tokens = sampler.sample(logits_BV, [0, 1, 2], [0, 0, 0])
+    told = dict(sampler.logprobs(logits_BV, tokens, [0, 1, 2]))
+    expected_BV = logits_BV.log_softmax(dim=1)
+    assert told.keys() == {0, 2}
+    assert (told[0].token, told[2].token, told[2].top) == (33, int(tokens[2]), ())
+    assert told[0].logprob == pytest.approx(float(expected_BV[0, 33]))
+    values, ids = expected_BV[0].topk(3)
+    assert told[0].top == tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def test_a_new_request_forgets_the_old_one() -> None:

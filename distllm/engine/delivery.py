@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distllm.core import FinishReason, Piece, Request
+from distllm.core import FinishReason, Logprob, Piece, Request
+from distllm.model.grammar import Grammar
 from distllm.model.stop import StopStrings
 from distllm.model.tokenizer import Detokenizer, Tokenizer
 
@@ -22,6 +23,14 @@ class Delivery:
         self._detokenizer = Detokenizer(tokenizer, request.tokens)
         self._stops = StopStrings(request.params.stop)
         self._sink = sink
+        self._grammar = Grammar(request.params.grammar, tokenizer) if request.params.grammar else None
+        if self._grammar is not None:
+            for token in request.generated:
+                self._grammar.take(token)
+
+    def allowed(self) -> bytes:
+        """What may come next, as a row has it; empty if anything may."""
+        return self._grammar.allowed() if self._grammar else b""
 
     def replay(self) -> None:
         """Hands on the text of the tokens that the request brings along, in one piece."""
@@ -29,15 +38,21 @@ class Delivery:
             texts = [self._stops.push(self._detokenizer.push(token))[0] for token in generated]
             self._sink(Piece("".join(texts), generated))
 
-    def push(self, token: int, reason: FinishReason | None) -> bool:
-        """Takes the next token and hands on the text that is certain; True if a stop string ends the answer here."""
+    def push(self, token: int, reason: FinishReason | None, logprob: Logprob | None = None) -> bool:
+        """Takes the next token and hands on the text that is certain.
+
+        Returns:
+            Whether the answer ends here by a stop string or because its grammar has no more.
+        """
         ends_by_token = reason == "stop"
+        ended = self._grammar is not None and not ends_by_token and self._grammar.take(token)
         text, stopped = self._stops.push("" if ends_by_token else self._detokenizer.push(token))
-        if reason is not None and not stopped:
+        if (reason is not None or ended) and not stopped:
             text, stopped = self._finish(text)
+        stopped = stopped or (ended and reason is None)
         if stopped:
             reason = "stop"
-        self._sink(Piece(text, (token,), reason))
+        self._sink(Piece(text, (token,), reason, () if logprob is None else (logprob,)))
         return stopped
 
     def _finish(self, text: str) -> tuple[str, bool]:

@@ -152,4 +152,5 @@ def frame_bytes(order: LoadOrder, blueprint: Blueprint) -> int:
         stages=len(order.plan.stages),
         width=blueprint.hidden_size,
         item_bytes=blueprint.dtype.itemsize,
+        mask_bytes=-(-int(blueprint.config.vocab_size) // 8),
     )

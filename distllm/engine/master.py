@@ -10,12 +10,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from distllm.core import EngineError, Plan
+from distllm.core import EngineError, Plan, Step
 from distllm.engine.delivery import Delivery
 from distllm.engine.pace import Pace
 from distllm.engine.pipeline import Done, Pipeline
@@ -52,7 +52,11 @@ class News:
 
 
 class Master:
-    """Runs the requests of one model on one pipeline until it is closed or the pipeline breaks."""
+    """Runs the requests of one model on one pipeline until it is closed or the pipeline breaks.
+
+    Attributes:
+        failure: why it has ended; None while it runs.
+    """
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, prompt_chunk: int, rings: Rings) -> None:
         self.pipeline = pipeline
@@ -67,7 +71,8 @@ class Master:
         self._next_plan: Plan | None = None
         self._broken_at: float | None = None
         self._lock = threading.Lock()
-        self._failure: EngineError | None = None
+        self.failure: EngineError | None = None
+        self._end_heard: Callable[[], None] = lambda: None
         self.stats = Stats()
         rings.on_news(lambda: self._inbox.put(News()))
         self._thread = threading.Thread(target=self._run, name="distllm-master", daemon=True)
@@ -89,9 +94,17 @@ class Master:
             EngineError: the engine has ended.
         """
         with self._lock:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             self._inbox.put(delivery)
+
+    def on_end(self, told: Callable[[], None]) -> None:
+        """Has somebody told, from the engine's thread, when the engine has ended; at once if it has."""
+        with self._lock:
+            self._end_heard = told
+            ended = self.failure is not None
+        if ended:
+            told()
 
     def cancel(self, request: int) -> None:
         """Ends a request early; its sink hears no more."""
@@ -111,10 +124,12 @@ class Master:
             logger.exception("the master failed")
             end = EngineError(f"rank 0 failed: {type(error).__name__}: {error}")
         with self._lock:
-            self._failure = end
+            self.failure = end
+            told = self._end_heard
         for delivery in (*self._deliveries.values(), *self._drain()):
             delivery.fail(end)
         self._deliveries.clear()
+        told()
 
     def _serve(self) -> EngineError:
         """Runs until the engine is closed, or the ring breaks and cannot be replaced, and says which."""
@@ -189,7 +204,7 @@ class Master:
             if self._closing or self._next_plan:
                 return
             if (step := self._scheduler.next_step()) is not None:
-                self.pipeline.send(step)
+                self.pipeline.send(self._constrained(step))
             elif self.pipeline.in_flight:
                 self._collect()
             elif not self._scheduler.has_work:
@@ -227,13 +242,25 @@ class Master:
         self._broken_at = None
         self.stats.add(tokens=len(done.tokens), times=done.times, seconds=done.seconds)
         self._mind_the_deadline(done)
+        sampled = [row.request for row in done.step.rows if row.samples]
+        logprobs = {sampled[place]: logprob for place, logprob in done.logprobs}
         for commit in self._scheduler.commit(done.step.id, done.tokens):
             delivery = self._deliveries[commit.request]
-            stopped = delivery.push(commit.token, commit.finish_reason)
+            stopped = delivery.push(commit.token, commit.finish_reason, logprobs.get(commit.request))
             if stopped:
                 self._scheduler.finish(commit.request)
             if stopped or commit.finish_reason is not None:
                 del self._deliveries[commit.request]
+
+    def _constrained(self, step: Step) -> Step:
+        """The step with what the grammars of its requests allow."""
+        rows = tuple(
+            replace(row, allowed=allowed)
+            if row.samples and (allowed := self._deliveries[row.request].allowed())
+            else row
+            for row in step.rows
+        )
+        return replace(step, rows=rows)
 
     def _mind_the_deadline(self, done: Done) -> None:
         if done.step.has_prompt and self._pace.see(done.step.tokens, done.seconds):

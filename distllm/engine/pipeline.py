@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from distllm.core import Step
+from distllm.core import Logprob, Step
 from distllm.engine import inquest
 from distllm.engine.cluster import Cluster, Verdict
 from distllm.engine.loading import Loaded
@@ -28,10 +28,14 @@ PULSE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A step that came home, with what each stage spent on it and the seconds since it left."""
+    """A step that came home, with what each stage spent on it and the seconds since it left.
+
+    `logprobs` are of some of the tokens, by their places among them.
+    """
 
     step: Step
     tokens: tuple[int, ...]
+    logprobs: tuple[tuple[int, Logprob], ...]
     times: tuple[StageTime, ...]
     seconds: float
 
@@ -76,7 +80,7 @@ class Pipeline:
         spent = StageTime(0.0, result.body_seconds, result.head_seconds)
         if self._wire is None:
             seconds = time.perf_counter() - began
-            self._home.append(Done(step, tuple(result.tensor.tolist()), (spent,), seconds))
+            self._home.append(Done(step, tuple(result.tensor.tolist()), result.logprobs, (spent,), seconds))
             return
         frame = Frame(kind=Kind.STEP, step=step, times=(spent,), hidden=result.tensor.cpu())
         self._wire.send(self._outbox.write(frame))
@@ -98,7 +102,7 @@ class Pipeline:
         self._last_step = step.id
         first = frame.times[0]
         times = (StageTime(now - waited, first.body, first.head), *frame.times[1:])
-        return Done(step, frame.tokens, times, now - began)
+        return Done(step, frame.tokens, frame.logprobs, times, now - began)
 
     def pulse(self) -> None:
         """Sends a sign of life round the idle ring and waits for it.

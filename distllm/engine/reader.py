@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from distllm.config import ModelConfig
 from distllm.core import Request, SamplingParams
-from distllm.model import source
+from distllm.model import grammar, source
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
 from distllm.model.tokenizer import Tokenizer
@@ -68,6 +68,10 @@ class Reader:
                 f"{name} has {len(tokens)} tokens; with one for the answer the model's context takes {context}"
             )
         params = params or SamplingParams()
+        if params.grammar:
+            grammar.check(params.grammar, self.tokenizer)
+        if biased := next((token for token, _ in params.logit_bias if not 0 <= token < vocabulary), None):
+            raise ValueError(f"logit_bias has the token id {biased}; the model knows 0 to {vocabulary - 1}")
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
         return Request(id=0, tokens=tuple(tokens), params=params, eos_ids=self.tokenizer.eos_ids)

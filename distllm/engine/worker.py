@@ -250,7 +250,8 @@ class Station:
         result = self._runner.run(frame.step, frame.hidden)
         times = (*frame.times, StageTime(wait, result.body_seconds, result.head_seconds))
         if self._runner.stage.span.head:
-            return Frame(kind=Kind.TOKENS, step=frame.step, tokens=tuple(result.tensor.tolist()), times=times)
+            tokens = tuple(result.tensor.tolist())
+            return Frame(kind=Kind.TOKENS, step=frame.step, tokens=tokens, logprobs=result.logprobs, times=times)
         return replace(frame, times=times, hidden=result.tensor.cpu())
 
 

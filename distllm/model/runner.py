@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distllm.core import Plan, Stage, Step
+from distllm.core import Logprob, Plan, Stage, Step
 from distllm.model import families
 from distllm.model.cache import KVCache, Layout
 from distllm.model.sampler import Sampler
@@ -19,11 +19,15 @@ from distllm.model.shard import Shard
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a stage made of a step: hidden states (T, D), or tokens int64 (rows that sample,) after the head."""
+    """What a stage made of a step: hidden states (T, D), or tokens int64 (rows that sample,) after the head.
+
+    `logprobs` are of the rows that ask for it, by their places among the tokens.
+    """
 
     tensor: torch.Tensor
     body_seconds: float
     head_seconds: float
+    logprobs: tuple[tuple[int, Logprob], ...] = ()
 
 
 class Runner:
@@ -61,8 +65,12 @@ class Runner:
         ends, slots, positions = self._follow(self._sampler, step)
         logits_BV = self.shard.forward(inputs, layout, torch.tensor(ends, device=self.device))
         body_done = self.shard.body_done
-        tokens = self._sampler.sample(logits_BV, slots, positions).cpu() if ends else torch.empty(0, dtype=torch.long)
-        return Result(tokens, body_done - began, time.perf_counter() - body_done)
+        if not ends:
+            return Result(torch.empty(0, dtype=torch.long), body_done - began, time.perf_counter() - body_done)
+        allowed = [row.allowed for row in step.rows if row.samples]
+        tokens = self._sampler.sample(logits_BV, slots, positions, allowed).cpu()
+        logprobs = tuple(self._sampler.logprobs(logits_BV, tokens, slots))
+        return Result(tokens, body_done - began, time.perf_counter() - body_done, logprobs)
 
     def _tokens(self, step: Step) -> torch.Tensor:
         return torch.tensor([token for row in step.rows for token in row.tokens], device=self.device)
@@ -73,8 +81,8 @@ class Runner:
         for row in step.rows:
             end += len(row.tokens)
             if row.params is not None:
-                sampler.start(row.slot, row.params)
-            sampler.see(row.slot, row.tokens)
+                sampler.start(row.slot, row.params, row.prompt)
+            sampler.see(row.slot, row.tokens, row.start)
             if row.samples:
                 ends.append(end - 1)
                 slots.append(row.slot)

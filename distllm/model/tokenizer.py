@@ -6,6 +6,7 @@ The only place that loads a tokenizer. Knows nothing of requests, sampling or st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from distllm.model.checkpoint import first_line, read_json
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\ufffd"  # what bytes decode to that are no character, or not yet
@@ -101,6 +103,29 @@ class Tokenizer:
         """
         text: str = self._backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, also a special one, and a part of a character; nothing if only logits know it."""
+        return bytes(self.trie.decode_bytes([token])) if token < self._known else b""
+
+    @property
+    def known(self) -> int:
+        """The ids that have a meaning are below it; logits may have more."""
+        return self._known
+
+    @cached_property
+    def trie(self) -> LLTokenizer:
+        """The bytes of all tokens, as grammars take them; made at first need, in half a second.
+
+        Raises:
+            ValueError: the tokenizer is none of the fast ones.
+        """
+        from llguidance.hf import from_tokenizer
+
+        try:
+            return from_tokenizer(self._backend, n_vocab=self._known, eos_token=sorted(self.eos_ids) or None)
+        except Exception as error:  # Rust code raises the bare Exception
+            raise ValueError(f"the tokenizer of {self.folder} is of a kind that cannot be looked into") from error
 
     def is_silent(self, token: int) -> bool:
         """Whether `decode` leaves the token out: special tokens, and ids that only the padded logits know."""

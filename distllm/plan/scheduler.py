@@ -79,6 +79,7 @@ class _Job:
             runs=runs,
             samples=self.remaining == 0,
             params=self.request.params if start == 0 else None,
+            prompt=len(self.request.tokens) if start == 0 else 0,
         )
 
 
