@@ -17,7 +17,7 @@ WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL = "transformers", "transformers-pp", "dist
 
 # Keys that take one of a few words, or a list of them.
 CHOICES = {
-    "task": ("generate", "plan", *SHARD_TASKS, "bench"),
+    "task": ("generate", "serve", "plan", *SHARD_TASKS, "bench"),
     "log_level": ("debug", "info", "warning", "error"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
@@ -74,6 +74,8 @@ class SamplingConfig:
     top_p: float = key(1.0, "keep the smallest set of tokens with this probability")
     min_p: float = key(0.0, "drop tokens less likely than this share of the likeliest")
     repetition_penalty: float = key(1.0, "above 1 makes tokens seen before less likely")
+    presence_penalty: float = key(0.0, "above 0 makes tokens that the answer has less likely")
+    frequency_penalty: float = key(0.0, "the same for each time that the answer has them")
     seed: int | None = key(None, "makes sampling repeatable")
     stop: list[str] = key([], 'a text that ends the answer (\\n is a newline), or several as ["a", "b"]', text=True)
     ignore_eos: bool = key(False, "go on to max_tokens whatever the model says")
@@ -172,6 +174,29 @@ class EngineConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ServeConfig:
+    """The HTTP server of task=serve."""
+
+    host: str = key("127.0.0.1", "address to listen on", text=True)
+    port: int = key(8000, "port to listen on; 0 takes a free one")
+    api_keys_file: str | None = key(
+        None, "file of API keys, one a line, a name before it if wanted; without one everybody may ask", text=True
+    )
+    insecure: bool = key(False, "listen on other addresses than loopback without API keys")
+    tls_cert: str | None = key(None, "file with the certificate chain of HTTPS", text=True)
+    tls_key: str | None = key(None, "file with its private key, if the other one has it not", text=True)
+    max_body_bytes: int = key(4194304, "most bytes of a request")
+    max_queue: int = key(256, "most answers that run or wait at once; who asks for more is told to come back")
+    journal: str | None = key(
+        None, "file of what is accepted and answered; by default one for each port in ~/.local/state/distllm", text=True
+    )
+    keep_s: float = key(600.0, "how long whole answers are kept there, for Idempotency-Key and Last-Event-ID")
+    redact: bool = key(False, "take prompts out of it as soon as they are answered")
+    resume_s: float = key(60.0, "how long clients have to come back to their streams after a restart")
+    drain_s: float = key(20.0, "longest time that answers may take to end when the server is told to end")
+
+
+@dataclass(kw_only=True, slots=True)
 class ShardConfig:
     """What task=shard writes, and task=reconstruct, which makes one model of it again."""
 
@@ -198,7 +223,7 @@ class BenchConfig:
 class Config:
     """One job."""
 
-    task: str = key("generate", "generate, plan (who would hold what), shard, reconstruct or bench (measure others)")
+    task: str = key("generate", "generate, serve (HTTP), plan (who would hold what), shard, reconstruct or bench")
     prompt: str | None = key(None, "the prompt as typed; - reads standard input, @FILE a file", text=True)
     prompts: str | None = key(
         None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True
@@ -214,6 +239,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
@@ -226,6 +252,7 @@ Section = (
     | WeightsConfig
     | PlanConfig
     | EngineConfig
+    | ServeConfig
     | ShardConfig
     | BenchConfig
 )

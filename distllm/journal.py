@@ -22,46 +22,35 @@ FORMAT = "1"
 # Tokens of so short a time may have to be generated again, with the same result.
 FLUSH_S = 0.5
 
+ABOUT = "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 TABLES = (
-    "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE requests (name TEXT PRIMARY KEY, tokens TEXT NOT NULL, params TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE pieces (name TEXT, start INT, tokens TEXT NOT NULL, PRIMARY KEY (name, start)) WITHOUT ROWID",
     "CREATE TABLE answers (name TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """What is not on disk yet."""
-
-    pieces: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
-    answers: dict[str, str] = field(default_factory=dict)
-
-
-class Journal:
-    """The journal of one job.
+class JournalFile:
+    """A file of tables, written by one process, which nothing of it surprises that was killed.
 
     Args:
         path: a file; it is made if it is not there.
+        tables: how to make them.
         about: what the answers depend on, by name; a journal that was begun with anything else is refused.
 
     Raises:
         ValueError: it is not a journal, not of this job, cannot be written, or another process holds it.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, tables: Sequence[str], about: Mapping[str, str]) -> None:
         self.path = path
         about = {"format": FORMAT, **about}
         try:
             with self._in_words():
-                self._begin(about)
+                self._begin(tables, about)
         except BaseException:
             self.close()
             raise
-        self._pending = Pending()
-        self._known: dict[str, int] = {}
-        self._flushed = time.monotonic()
-        self._failing = False
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -78,14 +67,14 @@ class Journal:
                 raise ValueError(f"{self.path}: cannot be used as a journal: {error}") from error
             raise ValueError(f"{self.path}: is no journal ({error}); delete it to begin anew") from error
 
-    def _begin(self, about: Mapping[str, str]) -> None:
+    def _begin(self, tables: Sequence[str], about: Mapping[str, str]) -> None:
         self._file = sqlite3.connect(self.path, timeout=0, isolation_level=None)
         self._file.execute("PRAGMA locking_mode=EXCLUSIVE")  # before WAL, which needs no shared memory then
         self._file.execute("PRAGMA journal_mode=WAL")
         self._file.execute("PRAGMA synchronous=NORMAL")
         with self._at_once():
             if self._file.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
-                for table in TABLES:
+                for table in (ABOUT, *tables):
                     self._file.execute(table)
                 self._file.executemany("INSERT INTO about VALUES (?, ?)", about.items())
         before = dict(self._file.execute("SELECT name, value FROM about"))
@@ -106,6 +95,40 @@ class Journal:
             if self._file.in_transaction:
                 self._file.execute("ROLLBACK")
             raise
+
+    def close(self) -> None:
+        """Another process may go on with it."""
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def remove(self) -> None:
+        """It is not needed any more."""
+        self._file.close()
+        for suffix in ("", "-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What is not on disk yet."""
+
+    pieces: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+class Journal(JournalFile):
+    """The journal of one job that answers a file of prompts.
+
+    Raises:
+        ValueError: as JournalFile.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, str]) -> None:
+        super().__init__(path, TABLES, about)
+        self._pending = Pending()
+        self._known: dict[str, int] = {}
+        self._flushed = time.monotonic()
+        self._failing = False
 
     def accept(self, requests: Iterable[tuple[str, Request]]) -> list[Request]:
         """Takes requests by their names, and gives them back as they were taken first: with the seed that was drawn
@@ -192,14 +215,3 @@ class Journal:
         self.flush()
         if self._failing:
             raise OSError(f"{self.path}: cannot be written; make room on its disk")
-
-    def close(self) -> None:
-        """Another process may go on with it."""
-        if hasattr(self, "_file"):
-            self._file.close()
-
-    def remove(self) -> None:
-        """It is not needed any more."""
-        self._file.close()
-        for suffix in ("", "-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)

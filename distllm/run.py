@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -40,8 +41,12 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """`python -m distllm.run key=value ...`, alone or under torchrun."""
+def main(arguments: Sequence[str] | None = None, front: socket.socket | None = None) -> NoReturn:
+    """`python -m distllm.run key=value ...`, alone or under torchrun.
+
+    Args:
+        front: of task=serve, the HTTP front that this process is rank 0 of.
+    """
     # torch warns of every connection that closes, which is how ranks end.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model writes more than an old locale can
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     gc.set_threshold(50_000)
     given = list(sys.argv[1:] if arguments is None else arguments)
     rank = _number("RANK", 0)
-    code = _lead(given) if rank == 0 else _follow(given, rank)
+    code = _lead(given, front) if rank == 0 else _follow(given, rank)
     with suppress(OSError):  # of what rank 0 wrote, it has been told
         sys.stdout.flush()
     sys.stderr.flush()
@@ -58,19 +63,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)
 
 
-def _lead(given: Sequence[str]) -> int:
+def _lead(given: Sequence[str], front: socket.socket | None) -> int:
+    """
+    Args:
+        front: the HTTP front that this process is rank 0 of, if any.
+    """
     _listen_to_signals()
-    began = over = joins = False
+    began = over = told = again = False
     try:
         try:
             if (before := _concluded()) is not None:
                 return before
             config = _configured(given)
-            joins = config is not None and config.cluster.join is not None
-            began = config is not None and not joins
-            code = _run(config) if config is not None else 0
+            told = config is not None and config.cluster.join is not None
+            began = config is not None and not told
+            if config is not None and began and config.task == "serve" and front is None:
+                code = _serve_http(config, given)
+                over = told = code in (0, 2)  # by rank 0, whose end this was
+            else:
+                code, over = _run(config, front) if config is not None else 0, True
             sys.stdout.flush()
-            over = True
         finally:
             _ignore_signals()
     except BrokenPipeError:
@@ -78,16 +90,17 @@ def _lead(given: Sequence[str]) -> int:
     except (ValueError, EngineError, OSError) as error:
         code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
         over = isinstance(error, ValueError)
+        again = front is not None and isinstance(error, EngineError)
     except KeyboardInterrupt:
         code, over = _say("interrupted", 130), True
     except Terminated as end:
         verdict = _verdict_behind(end)
         code = _say("ended by SIGTERM", 143) if verdict is None else _say(str(verdict), 1)
-    if over and not joins:
+    if over and not told:
         _conclude(code)
     # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended. If this one is
     # started again, they wait for that.
-    if began and _number("WORLD_SIZE", 1) > 1 and (over or not _comes_again()):
+    if began and not told and _number("WORLD_SIZE", 1) > 1 and (over or not (again or _comes_again())):
         _dismiss(code)
     return code
 
@@ -208,7 +221,7 @@ def _configured(given: Sequence[str]) -> Config | None:
     return config
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, front: socket.socket | None) -> int:
     if config.cluster.join is not None:
         from distllm.llm import serve_here
 
@@ -221,7 +234,29 @@ def _run(config: Config) -> int:
         return _plan(config)
     if config.task in SHARD_TASKS:
         return _shard(config)
+    if config.task == "serve":
+        assert front is not None, "without one this process is the front"
+        return _serve_front(config, front)
     return _generate(config)
+
+
+def _serve_http(config: Config, given: Sequence[str]) -> int:
+    """The HTTP front, which starts rank 0."""
+    from distllm.serve.front import serve
+
+    return serve(config, given)
+
+
+def _serve_front(config: Config, front: socket.socket) -> int:
+    """Rank 0 of an HTTP front."""
+    from distllm.engine.reader import Reader
+    from distllm.serve.backend import Backend, Pipe
+
+    pipe = Pipe(front)
+    with _opened(config, Reader(config.model)) as llm:
+        Backend(llm, pipe).serve()
+    pipe.close()
+    return 0
 
 
 def _generate(config: Config) -> int:

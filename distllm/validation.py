@@ -67,6 +67,12 @@ RULES: dict[str, Rule] = {
     "engine.block_tokens": _within(1, 1024),
     "engine.kv_tokens": _at_least(1),
     "engine.steps_in_flight": _at_least(1),
+    "serve.port": _within(0, 65535),
+    "serve.max_body_bytes": _within(1024, 2**30),
+    "serve.max_queue": _at_least(1),
+    "serve.keep_s": _within(0, 10**9, " seconds"),
+    "serve.resume_s": _within(0, DAY_S, " seconds"),
+    "serve.drain_s": _within(0, DAY_S, " seconds"),
     "shard.stages": _within(1, 256),
     "bench.ranks": _within(1, 256),
     "bench.rivals": (lambda names: len(set(names)) == len(names), "different ones"),
@@ -99,6 +105,7 @@ def validate(config: Config) -> None:
         plan=config.plan,
         engine=config.engine,
     )
+    _check_values("serve.", config.serve)
     _check_values("shard.", config.shard)
     _check_values("bench.", config.bench)
     if config.task in SHARD_TASKS:

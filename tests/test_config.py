@@ -38,7 +38,7 @@ def test_the_defaults_are_valid() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"task": "genrate"}, r"task=genrate: .*generate, plan, shard, reconstruct, bench; did you mean generate\?"),
+    ({"task": "genrate"}, r"task=genrate: .*generate, serve, plan, shard, reconstruct, bench; did you mean generate\?"),
     ({"log_level": "loud"}, r"log_level=loud: .*debug, info, warning, error"),
     ({"model__dtype": "int8"}, r"model\.dtype=int8: .*auto, float32, bfloat16, float16"),
     ({"model__context_length": 1}, r"model\.context_length=1: .*at least 2"),
@@ -173,7 +173,8 @@ def test_keys_tells_every_leaf_once() -> None:
 
 def test_keys_that_hold_free_text_are_text_keys() -> None:
     free = {"prompt", "prompts", "output", "model.name", "model.path", "model.package", "cluster.interface"}
-    free |= {"model.hub", "model.revision", "shard.output", "cluster.join"}
+    free |= {"model.hub", "model.revision", "shard.output", "cluster.join", "serve.host", "serve.journal"}
+    free |= {"serve.api_keys_file", "serve.tls_cert", "serve.tls_key"}
     assert {each.name for each in keys() if each.text} == free | {"sampling.stop"}
 
 

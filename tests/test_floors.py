@@ -17,15 +17,28 @@ ROOT = Path(distllm.__file__).parent
 
 NOUNS = {"core", "config", "validation"}
 MIDDLE = {"model", "plan", "net"}
-DOORS = {"", "llm", "run", "compose", "generate", "batch", "shards", "bench"}
+DOORS = {"", "llm", "run", "compose", "generate", "batch", "shards", "bench", "serve"}
 ALLOWED = (
-    {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "journal": {"core"}}
+    {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "journal": {"core"}, "grammars": set()}
     | {"engine": NOUNS | MIDDLE}
     | dict.fromkeys(MIDDLE, NOUNS)
-    | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine", "journal"} | DOORS)
+    | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine", "journal", "grammars"} | DOORS)
 )
 # Who must start fast, or is pure: no torch when these are imported.
-TORCHLESS = {"", "core", "config", "validation", "compose", "generate", "batch", "journal", "run", "shards"}
+TORCHLESS = {
+    "",
+    "core",
+    "config",
+    "validation",
+    "compose",
+    "generate",
+    "batch",
+    "journal",
+    "run",
+    "shards",
+    "serve",
+    "grammars",
+}
 
 
 @dataclass(frozen=True)
@@ -204,11 +217,12 @@ def test_what_is_allowed_passes(file: str, source: str) -> None:
     [
         "import distllm",
         "import distllm.run, distllm.generate, distllm.batch",
+        "import distllm.serve.front",
         "import runpy\nsys.argv[1:] = ['--help']\nos._exit = lambda code: None\n"
         "runpy.run_module('distllm.run', run_name='__main__')",
         "import distllm\ndistllm.SamplingParams(max_tokens=3)",
     ],
-    ids=["distllm", "doors", "help", "params"],
+    ids=["distllm", "doors", "front", "help", "params"],
 )
 def test_imports_no_torch(code: str) -> None:
     ending = "print(*{'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"

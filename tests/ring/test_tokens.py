@@ -21,7 +21,7 @@ TEXT = (
     "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us. "
 )
 LENGTHS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 64, 100, 150, 223, 256, 400, 700, 1100, 1500)
-FEW_LENGTHS = (1, 7, 17, 64, 223)
+FEW_LENGTHS = (1, 7, 17, 64, 130)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""Rank 0 behind the HTTP front: takes questions from a socket, asks the engine, and tells what comes of them."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from distllm.core import Logprob, Piece, SamplingParams
+from distllm.serve.messages import (
+    Ask,
+    Drop,
+    Failed,
+    Grown,
+    Likely,
+    Message,
+    Read,
+    Ready,
+    Refused,
+    Stop,
+    Taken,
+    Told,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from distllm.engine.delivery import Sink
+    from distllm.llm import LLM
+
+
+STATS_INTERVAL_S = 1.0
+
+
+class FrontLost(ConnectionError):
+    """The HTTP front has ended without a word."""
+
+
+class Pipe:
+    """The socket to the front. Nobody waits to be heard: a thread of its own sends what has gathered."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="distllm-front", daemon=True)
+        self._writer.start()
+
+    def send(self, message: Message) -> None:
+        self._lines.put(encode(message))
+
+    def _write(self) -> None:
+        going = True
+        while going:
+            lines = [self._lines.get()]
+            while not self._lines.empty():
+                lines.append(self._lines.get())
+            going = None not in lines
+            try:
+                self._connection.sendall(b"".join(line for line in lines if line is not None))
+            except OSError:
+                return  # whoever reads notices too
+
+    def heard(self) -> Iterator[Message]:
+        """What the front says, until it is gone."""
+        with self._connection.makefile("rb") as lines:
+            for line in lines:
+                yield decode(line)
+
+    def hang_up(self) -> None:
+        """Hears no more."""
+        self._connection.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """When all that was said is sent."""
+        self._lines.put(None)
+        self._writer.join()
+        self._connection.close()
+
+
+class Backend:
+    """Answers one front with one model."""
+
+    def __init__(self, llm: LLM, pipe: Pipe) -> None:
+        self._llm = llm
+        self._pipe = pipe
+        self._numbers: dict[str, int] = {}
+
+    def serve(self) -> None:
+        """Until the front says that it is enough.
+
+        Raises:
+            FrontLost: it is gone.
+            EngineError: the engine has ended.
+        """
+        self._llm.on_end(self._pipe.hang_up)
+        self._pipe.send(Ready(self._llm.most_requests))
+        threading.Thread(target=self._tell, name="distllm-stats", daemon=True).start()
+        for message in self._pipe.heard():
+            match message:
+                case Read():
+                    self._read(message)
+                case Ask():
+                    self._ask(message)
+                case Drop():
+                    if (number := self._numbers.pop(message.call, None)) is not None:
+                        self._llm.cancel(number)
+                case Stop():
+                    return
+        raise self._llm.failure or FrontLost("the HTTP front has ended")
+
+    def _tell(self) -> None:
+        """The thread that tells how the ranks do."""
+        while self._llm.failure is None:
+            self._pipe.send(Told(self._llm.stats()))
+            time.sleep(STATS_INTERVAL_S)
+
+    def _read(self, read: Read) -> None:
+        params = SamplingParams(**read.params)  # type: ignore[arg-type]
+        try:
+            if isinstance(read.prompt, str) or all(isinstance(each, int) for each in read.prompt):
+                request = self._llm.request(read.prompt, params)  # type: ignore[arg-type]
+            else:
+                request = self._llm.chat_request(read.prompt, params)  # type: ignore[arg-type]
+        except ValueError as error:
+            self._pipe.send(Refused(read.call, str(error)))
+            return
+        assert request.params.seed is not None, "one is drawn"
+        self._pipe.send(Taken(read.call, request.tokens, request.params.seed))
+
+    def _ask(self, ask: Ask) -> None:
+        try:
+            request = self._llm.request(ask.tokens, SamplingParams(**ask.params))  # type: ignore[arg-type]
+            request = replace(request, generated=tuple(ask.generated))
+            self._numbers[ask.call] = self._llm.submit(request, self._sink(ask))
+        except ValueError as error:  # it is larger than what ranks that are left have room for
+            self._pipe.send(Failed(ask.call, str(error)))
+
+    def _sink(self, ask: Ask) -> Sink:
+        known = bool(ask.generated)
+
+        def hear(piece: Piece | Exception) -> None:
+            nonlocal known
+            if known:  # the first piece is what the answer has already
+                known = False
+            elif isinstance(piece, Piece):
+                likely = [self._likely(each) for each in piece.logprobs]
+                self._pipe.send(Grown(ask.call, piece.text, piece.token_ids, piece.finish_reason, likely))
+            elif self._llm.failure is None:  # else the front will ask the next engine
+                self._pipe.send(Failed(ask.call, str(piece)))
+
+        return hear
+
+    def _likely(self, told: Logprob) -> tuple[Likely, list[Likely]]:
+        def named(token: int, logprob: float) -> Likely:
+            return list(self._llm.token_bytes(token)), logprob
+
+        return named(told.token, told.logprob), [named(*each) for each in told.top]

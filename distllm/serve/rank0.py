@@ -1,0 +1,175 @@
+"""Rank 0 as the front sees it: a process that is started again when it dies, and asked again what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+from distllm.serve.calls import Call
+from distllm.serve.messages import Drop, Failed, Grown, Message, Ready, Refused, Stop, Taken, Told, decode, encode
+from distllm.serve.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 2**20
+USAGE_ERROR = 2  # of a process that finds something that will not do, and would find it again
+END_TIMEOUT_S = 20.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+
+
+class Rank0:
+    """The process that computes, and the answers that it is asked for.
+
+    A call is read first, so that what cannot be answered is refused at once, and asked when it is its client's turn.
+
+    Attributes:
+        ready: whether it can be asked now. What is asked before waits for it.
+        stats: what it told last; see `LLM.stats`.
+        starts: how often the process was started.
+
+    Args:
+        words: the command line, which the process gets too.
+        journal: takes new pieces of answers before anybody hears of them.
+    """
+
+    def __init__(self, words: Sequence[str], journal: Callable[[Sequence[tuple[Call, Grown]]], None]) -> None:
+        self._words = words
+        self._journal = journal
+        self._read: dict[str, Call] = {}
+        self._asked: dict[str, Call] = {}
+        self._turns: Turns[Call] = Turns()
+        self._most = 0
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self.ready = False
+        self.starts = 0
+        self.stats: Mapping[str, object] = {}
+        self._was_ready = False
+
+    @property
+    def calls(self) -> int:
+        """Answers that are waited for."""
+        return len(self._read) + len(self._turns) + len(self._asked)
+
+    def read(self, call: Call) -> None:
+        """Has it say whether a call can be answered."""
+        self._read[call.name] = call
+        self._send(call.read())
+
+    def ask(self, call: Call) -> None:
+        """Has it answer a call that can be answered, when it is its turn."""
+        self._turns.add(call.client, call)
+        self._let_in()
+
+    def drop(self, call: Call) -> None:
+        """Nobody wants the answer any more; one that is whole is no mistake."""
+        self._read.pop(call.name, None)
+        if not self._turns.remove(call.client, call) and self._asked.pop(call.name, None) is not None:
+            self._send(Drop(call.name))
+            self._let_in()
+
+    def _let_in(self) -> None:
+        while self.ready and len(self._turns) and len(self._asked) < self._most:
+            call = self._turns.next()
+            self._asked[call.name] = call
+            self._send(call.ask())
+
+    async def run(self) -> int:
+        """Keeps the process running until it is told to stop, or cannot be; returns its exit code.
+
+        One that dies is started again, and asked everything again, with what is there of each answer.
+        """
+        pause_s = FIRST_PAUSE_S
+        while True:
+            code = await self._live()
+            if self._stopping.is_set() or not self._was_ready or code == USAGE_ERROR:
+                break
+            pause_s = FIRST_PAUSE_S if self.ready else min(2 * pause_s, LONGEST_PAUSE_S)
+            self.ready = False
+            logger.warning("rank 0 has ended with %d; starting it again, with %d answers to go on", code, self.calls)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_s)
+                break
+        self.ready = False
+        waiting = [self._turns.next() for _ in range(len(self._turns))]
+        for call in (*self._read.values(), *self._asked.values(), *waiting):
+            call.hear(Failed(call.name, "the server has ended"))
+        return code
+
+    async def stop(self) -> None:
+        """Ends the process in peace."""
+        self._stopping.set()
+        self._send(Stop())
+        if self._process is not None:
+            try:
+                await asyncio.wait_for(self._process.wait(), END_TIMEOUT_S)
+            except TimeoutError:
+                logger.warning("rank 0 (pid %d) does not end; killing it", self._process.pid)
+                self._process.kill()
+
+    async def _live(self) -> int:
+        """One life of the process; its exit code."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "distllm.serve", str(theirs.fileno()), *self._words),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,  # out of the terminal's, whose Ctrl-C is the front's to answer
+                env={"OMP_NUM_THREADS": "1"} | os.environ,
+            )
+        self.starts += 1
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        try:
+            await self._listen(reader)
+        except ConnectionError as error:
+            logger.debug("rank 0: %s", error)
+        finally:
+            writer, self._writer = self._writer, None
+            writer.close()
+        return await self._process.wait()
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        rest = b""
+        while data := await reader.read(READ_BYTES):
+            *lines, rest = (rest + data).split(b"\n")
+            self._hear([decode(line) for line in lines])  # a last word that is not whole was that of a dying process
+
+    def _hear(self, messages: Sequence[Message]) -> None:
+        grown = [
+            (call, each)
+            for each in messages
+            if isinstance(each, Grown) and (call := self._asked.get(each.call)) is not None
+        ]
+        if grown:
+            self._journal(grown)
+        for message in messages:
+            match message:
+                case Told():
+                    self.stats = message.stats
+                case Ready():
+                    self._begin(message.most_calls)
+                case Taken() | Refused() if (call := self._read.pop(message.call, None)) is not None:
+                    call.hear(message)
+                case Grown() | Failed() if (call := self._asked.get(message.call)) is not None:
+                    call.hear(message)
+                    if call.over:
+                        del self._asked[call.name]
+        self._let_in()
+
+    def _begin(self, most_calls: int) -> None:
+        self._most, self.ready, self._was_ready = most_calls, True, True
+        for call in self._read.values():
+            self._send(call.read())
+        for call in self._asked.values():
+            self._send(call.ask())
+
+    def _send(self, message: Message) -> None:
+        if self._writer is not None and (self.ready or isinstance(message, Stop)):
+            self._writer.write(encode(message))
