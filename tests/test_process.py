@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from waiting import wait_until
@@ -11,9 +12,12 @@ from waiting import wait_until
 from distllm.core import Member
 from distllm.engine import process
 from distllm.engine.process import Watch
+from distllm.net import store
 from distllm.net.control import PeerLost
+from distllm.net.store import Rendezvous
 
 MEMBER = Member(life="life", rank=1, host="here", boot_id="boot", pid=1, memory_bytes=1, cores=1)
+NOBODYS = Rendezvous(rank=1, world_size=2, host="127.0.0.1", port=1, job="job")  # no torchrun has started it
 CLOSED = PeerLost("master", "its connection is closed", timed_out=False)
 WAITS = f"{MEMBER} waits for another master for 10 s: of the master, its connection is closed"
 
@@ -66,7 +70,11 @@ def watch(master: Master, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(process, "WATCH_INTERVAL_S", 0.01)
     monkeypatch.setattr(process, "MASTER_PULSE_S", 0.0)
     monkeypatch.setattr(process, "LAST_WORD_S", 0.05)
-    return lambda orphan_deadline_s=10.0: Watch(master, MEMBER, worker, orphan_deadline_s)
+
+    def make(orphan_deadline_s: float = 10.0, rendezvous: Rendezvous = NOBODYS) -> Watch:
+        return Watch(rendezvous, master, MEMBER, worker, orphan_deadline_s)
+
+    return make
 
 
 @pytest.mark.parametrize("orphan_deadline_s", [0.0, 10.0])
@@ -166,3 +174,38 @@ def test_a_rank_whose_store_is_gone_too_ends(
     assert watch().wait() == 1
     told = f"{MEMBER} ends: of the master, its connection is closed; the job's store is gone"
     assert [record.message for record in caplog.records] == [told]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_who_comes_too_late_ends_as_the_job_did(
+    watch: Callable[..., Watch], master: Master, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has registered, but the master was gone before it could be told to stop."""
+    served, port = store.serve_on_loopback()
+    master.known = CLOSED
+    rendezvous = replace(NOBODYS, port=port, run_id="run")
+    late = watch(300.0, rendezvous)
+    codes: list[int] = []
+    waiting = threading.Thread(target=lambda: codes.append(late.wait()))
+    waiting.start()
+    wait_until(lambda: late._orphan_since is not None, "it does not wait for another master")
+    assert codes == []
+    store.conclude(rendezvous, code)
+    waiting.join(30)
+    assert codes == [code]
+    assert "ends: the job has ended meanwhile" in caplog.text
+    del served
+
+
+@pytest.mark.parametrize(("restarted", "code"), [(True, 0), (False, 1)])
+def test_without_a_store_only_who_was_started_again_may_be_late(
+    watch: Callable[..., Watch],
+    master: Master,
+    worker: Worker,
+    restarted: bool,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "CONCLUDED_TIMEOUT_S", 0.2)
+    master.known, worker.gone = CLOSED, ConnectionError("the job's store is gone")
+    assert watch(300.0, replace(NOBODYS, run_id="run", restarted=restarted)).wait() == code

@@ -22,6 +22,7 @@ from distllm.engine.allegiance import Allegiance
 from distllm.engine.worker import Worker
 from distllm.model import pages
 from distllm.model.blueprint import preload
+from distllm.net import store
 from distllm.net.control import JoinFailed, PeerLost, expose
 from distllm.net.node import Node
 from distllm.net.store import Rendezvous
@@ -50,7 +51,15 @@ class Watch:
         orphan_deadline_s: how long to wait for another master when the last one is gone.
     """
 
-    def __init__(self, allegiance: Allegiance, member: Member, worker: Worker, orphan_deadline_s: float) -> None:
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        allegiance: Allegiance,
+        member: Member,
+        worker: Worker,
+        orphan_deadline_s: float,
+    ) -> None:
+        self._rendezvous = rendezvous
         self._allegiance = allegiance
         self._member = member
         self._worker = worker
@@ -90,9 +99,18 @@ class Watch:
                 next_pulse = self._pulse(now)
             except Unled as end:
                 if not self.done.wait(LAST_WORD_S):
-                    logger.warning("%s ends: %s", self._member, end)
-                    return 1
+                    return self._end_unled(end)
         return self.code
+
+    def _end_unled(self, end: Unled) -> int:
+        """The exit code: that of the job, if it is over, which a rank that came late has heard from nobody."""
+        try:
+            over = store.concluded(self._rendezvous)
+        except ConnectionError:
+            # One that was started again must not fail for coming too late.
+            over = 0 if self._rendezvous.restarted else None
+        logger.warning("%s ends: %s", self._member, end if over is None else "the job has ended meanwhile")
+        return 1 if over is None else over
 
     def _pulse(self, now: float) -> float:
         """Looks for the master; returns when to look again.
@@ -126,6 +144,8 @@ class Watch:
     def _look_for_master(self, now: float, since: float) -> None:
         try:
             found = self._allegiance.renew()
+            if not found and store.concluded(self._rendezvous) is not None:
+                raise Unled("the job is over")
         except (ValueError, ConnectionError) as error:
             raise Unled(str(error)) from error
         if found:
@@ -170,7 +190,7 @@ def _serve_on(node: Node, cluster: ClusterConfig) -> int:
     expose("worker", worker)
     member = replace(host.describe(rank), life=node.life)
     allegiance = Allegiance(node, member, cluster.deadline_s)
-    watch = Watch(allegiance, member, worker, cluster.orphan_deadline_s)
+    watch = Watch(node.rendezvous, allegiance, member, worker, cluster.orphan_deadline_s)
     watch.listen()
     try:
         allegiance.pledge(cluster.join_timeout_s, unless=watch.is_over)

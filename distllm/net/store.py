@@ -273,11 +273,13 @@ def conclude(rendezvous: Rendezvous, code: int) -> None:
 
 
 def concluded(rendezvous: Rendezvous) -> int | None:
-    """The exit code of a job that is over; None if it is not.
+    """The exit code of a job that is over; None if it is not, or nobody can tell because no torchrun has started it.
 
     Raises:
         ConnectionError: the store is gone.
     """
+    if rendezvous.run_id is None:
+        return None
     key = _concluded(rendezvous)
     try:
         client = _client(rendezvous.host, rendezvous.port, CONCLUDED_TIMEOUT_S)
