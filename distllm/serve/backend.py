@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -87,6 +86,7 @@ class Backend:
     def __init__(self, llm: LLM, pipe: Pipe) -> None:
         self._llm = llm
         self._pipe = pipe
+        self._lock = threading.Lock()
         self._numbers: dict[str, int] = {}
 
     def serve(self) -> None:
@@ -98,7 +98,16 @@ class Backend:
         """
         self._llm.on_end(self._pipe.hang_up)
         self._pipe.send(Ready(self._llm.most_requests))
-        threading.Thread(target=self._tell, name="distllm-stats", daemon=True).start()
+        over = threading.Event()
+        telling = threading.Thread(target=self._tell, args=[over], name="distllm-stats", daemon=True)
+        telling.start()
+        try:
+            self._listen()
+        finally:
+            over.set()
+            telling.join()
+
+    def _listen(self) -> None:
         for message in self._pipe.heard():
             match message:
                 case Read():
@@ -106,17 +115,18 @@ class Backend:
                 case Ask():
                     self._ask(message)
                 case Drop():
-                    if (number := self._numbers.pop(message.call, None)) is not None:
+                    if (number := self._forget(message.call)) is not None:
                         self._llm.cancel(number)
                 case Stop():
                     return
         raise self._llm.failure or FrontLost("the HTTP front has ended")
 
-    def _tell(self) -> None:
+    def _tell(self, over: threading.Event) -> None:
         """The thread that tells how the ranks do."""
         while self._llm.failure is None:
             self._pipe.send(Told(self._llm.stats()))
-            time.sleep(STATS_INTERVAL_S)
+            if over.wait(STATS_INTERVAL_S):
+                return
 
     def _read(self, read: Read) -> None:
         params = SamplingParams(**read.params)  # type: ignore[arg-type]
@@ -135,7 +145,8 @@ class Backend:
         try:
             request = self._llm.request(ask.tokens, SamplingParams(**ask.params))  # type: ignore[arg-type]
             request = replace(request, generated=tuple(ask.generated))
-            self._numbers[ask.call] = self._llm.submit(request, self._sink(ask))
+            with self._lock:  # the answer may be whole before its number is known
+                self._numbers[ask.call] = self._llm.submit(request, self._sink(ask))
         except ValueError as error:  # it is larger than what ranks that are left have room for
             self._pipe.send(Failed(ask.call, str(error)))
 
@@ -146,13 +157,21 @@ class Backend:
             nonlocal known
             if known:  # the first piece is what the answer has already
                 known = False
-            elif isinstance(piece, Piece):
+                return
+            if isinstance(piece, Exception) or piece.finish_reason is not None:
+                self._forget(ask.call)
+            if isinstance(piece, Piece):
                 likely = [self._likely(each) for each in piece.logprobs]
                 self._pipe.send(Grown(ask.call, piece.text, piece.token_ids, piece.finish_reason, likely))
             elif self._llm.failure is None:  # else the front will ask the next engine
                 self._pipe.send(Failed(ask.call, str(piece)))
 
         return hear
+
+    def _forget(self, call: str) -> int | None:
+        """The engine's number of an answer that nobody waits for any more."""
+        with self._lock:
+            return self._numbers.pop(call, None)
 
     def _likely(self, told: Logprob) -> tuple[Likely, list[Likely]]:
         def named(token: int, logprob: float) -> Likely:

@@ -151,7 +151,10 @@ class Exchanges:
 
         Raises:
             Full: not now.
+            Refusal: never, it is too many answers.
         """
+        if len(exchange.calls) > self._most_calls:
+            raise Refusal(f"{len(exchange.calls)} answers are asked for at once; here are {self._most_calls} at most")
         if self.rank0.calls + len(exchange.calls) > self._most_calls:
             raise Full(f"{self.rank0.calls} answers are waited for already")
         self._attend(exchange)

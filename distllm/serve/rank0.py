@@ -106,7 +106,9 @@ class Rank0:
         """Ends the process in peace."""
         self._stopping.set()
         self._send(Stop())
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
+            if not self.ready:  # it listens only then
+                self._process.terminate()
             try:
                 await asyncio.wait_for(self._process.wait(), END_TIMEOUT_S)
             except TimeoutError:
@@ -126,6 +128,8 @@ class Rank0:
             )
         self.starts += 1
         reader, self._writer = await asyncio.open_connection(sock=ours)
+        if self._stopping.is_set():
+            self._process.terminate()
         try:
             await self._listen(reader)
         except ConnectionError as error:
