@@ -16,12 +16,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from distllm.compose import compose, help_text, split_arguments, yaml_of
 from distllm.config import SHARD_TASKS, Config
 from distllm.core import EngineError
+from distllm.serve.messages import FrontLost
 from distllm.validation import validate
 
 if TYPE_CHECKING:
@@ -41,7 +43,15 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
-def main(arguments: Sequence[str] | None = None, front: socket.socket | None = None) -> NoReturn:
+@dataclass(slots=True)
+class Front:
+    """The HTTP front that this process is rank 0 of; if it `keeps` on, it starts another one when this one ends."""
+
+    connection: socket.socket
+    keeps: bool = False
+
+
+def main(arguments: Sequence[str] | None = None, front: Front | None = None) -> NoReturn:
     """`python -m distllm.run key=value ...`, alone or under torchrun.
 
     Args:
@@ -63,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, front: socket.socket | None = N
     os._exit(code)
 
 
-def _lead(given: Sequence[str], front: socket.socket | None) -> int:
+def _lead(given: Sequence[str], front: Front | None) -> int:
     """
     Args:
         front: the HTTP front that this process is rank 0 of, if any.
@@ -78,8 +88,8 @@ def _lead(given: Sequence[str], front: socket.socket | None) -> int:
             told = config is not None and config.cluster.join is not None
             began = config is not None and not told
             if config is not None and began and config.task == "serve" and front is None:
-                code = _serve_http(config, given)
-                over = told = code in (0, 2)  # by rank 0, whose end this was
+                code, told = _serve_http(config, given)
+                over = told or code == 0
             else:
                 code, over = _run(config, front) if config is not None else 0, True
             sys.stdout.flush()
@@ -89,13 +99,14 @@ def _lead(given: Sequence[str], front: socket.socket | None) -> int:
         code, over = 1, True  # whoever read standard output has had enough
     except (ValueError, EngineError, OSError) as error:
         code = _say(str(error), 2 if isinstance(error, ValueError) else 1)
-        over = isinstance(error, ValueError)
-        again = front is not None and isinstance(error, EngineError)
+        again = _kept(front) and not isinstance(error, FrontLost)
+        over = isinstance(error, ValueError) and not again
     except KeyboardInterrupt:
         code, over = _say("interrupted", 130), True
     except Terminated as end:
         verdict = _verdict_behind(end)
         code = _say("ended by SIGTERM", 143) if verdict is None else _say(str(verdict), 1)
+        again = _kept(front)
     if over and not told:
         _conclude(code)
     # What the words alone tell, the other ranks know too: they wait for this one to end, or have ended. If this one is
@@ -103,6 +114,10 @@ def _lead(given: Sequence[str], front: socket.socket | None) -> int:
     if began and not told and _number("WORLD_SIZE", 1) > 1 and (over or not (again or _comes_again())):
         _dismiss(code)
     return code
+
+
+def _kept(front: Front | None) -> bool:
+    return front is not None and front.keeps
 
 
 def _comes_again() -> bool:
@@ -221,7 +236,7 @@ def _configured(given: Sequence[str]) -> Config | None:
     return config
 
 
-def _run(config: Config, front: socket.socket | None) -> int:
+def _run(config: Config, front: Front | None) -> int:
     if config.cluster.join is not None:
         from distllm.llm import serve_here
 
@@ -240,20 +255,21 @@ def _run(config: Config, front: socket.socket | None) -> int:
     return _generate(config)
 
 
-def _serve_http(config: Config, given: Sequence[str]) -> int:
-    """The HTTP front, which starts rank 0."""
+def _serve_http(config: Config, given: Sequence[str]) -> tuple[int, bool]:
+    """The HTTP front, which starts rank 0; the exit code, and whether that has told the other ranks."""
     from distllm.serve.front import serve
 
     return serve(config, given)
 
 
-def _serve_front(config: Config, front: socket.socket) -> int:
+def _serve_front(config: Config, front: Front) -> int:
     """Rank 0 of an HTTP front."""
     from distllm.engine.reader import Reader
     from distllm.serve.backend import Backend, Pipe
 
-    pipe = Pipe(front)
+    pipe = Pipe(front.connection)
     with _opened(config, Reader(config.model)) as llm:
+        front.keeps = True  # from here on
         Backend(llm, pipe).serve()
     pipe.close()
     return 0

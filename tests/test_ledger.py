@@ -117,5 +117,7 @@ def test_a_full_disk_refuses_new_requests_and_harms_no_old_ones(path: Path, capl
     ledger.deliver([("one", 0, 0, Grown("one/0", "x" * 10**6, [1]))])
     assert "cannot be written" in caplog.text
     ledger._file.execute("PRAGMA max_page_count = 1000000")
-    ledger.deliver([("one", 0, 0, FIRST)])
+    ledger.deliver([("one", 0, 1, FIRST)])
     assert "can be written again" in caplog.text
+    ledger.end("one")
+    assert ledger.find("one") is None, "an answer with a gap is nothing to give again"

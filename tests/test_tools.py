@@ -98,6 +98,14 @@ def test_calls_are_told_from_text() -> None:
     assert Reading("b").push(ROME, last=True)[1][0].id != first.id
 
 
+def test_arguments_may_have_what_looks_like_an_end() -> None:
+    call = '<tool_call>\n{"name": "write", "arguments": {"text": "</tool_call>"}}\n</tool_call>'
+    reading = Reading("a")
+    assert reading.push(call[:-20], last=False) == ("", [])
+    said, (found,) = reading.push(call[-20:] + "bye", last=True)
+    assert (said, json.loads(found.arguments)) == ("bye", {"text": "</tool_call>"})
+
+
 @pytest.mark.parametrize(
     "text",
     [

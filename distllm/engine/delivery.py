@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distllm.core import FinishReason, Logprob, Piece, Request
+from distllm.core import EngineError, FinishReason, Logprob, Piece, Request
 from distllm.model.grammar import Grammar
 from distllm.model.stop import StopStrings
 from distllm.model.tokenizer import Detokenizer, Tokenizer
@@ -45,7 +45,11 @@ class Delivery:
             Whether the answer ends here by a stop string or because its grammar has no more.
         """
         ends_by_token = reason == "stop"
-        ended = self._grammar is not None and not ends_by_token and self._grammar.take(token)
+        try:
+            ended = self._grammar is not None and not ends_by_token and self._grammar.take(token)
+        except ValueError as error:
+            self.fail(EngineError(str(error)))
+            return True
         text, stopped = self._stops.push("" if ends_by_token else self._detokenizer.push(token))
         if (reason is not None or ended) and not stopped:
             text, stopped = self._finish(text)

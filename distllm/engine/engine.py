@@ -128,13 +128,14 @@ class Engine:
     def stats(self) -> dict[str, object]:
         """What each rank holds and how it spends its time."""
         totals = self.master.stats
+        stages = totals.stages  # a new epoch makes another list
         said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
         mine = self.master.pipeline
         heard[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
-            spent = totals.stages[place] if place < len(totals.stages) else None
+            spent = stages[place] if place < len(stages) else None
             ranks.append(
                 {
                     "rank": stage.rank,

@@ -32,6 +32,11 @@ class Grammar:
         return bytes(self._matcher.compute_bitmask()[: self._mask_bytes])
 
     def take(self, token: int) -> bool:
-        """The answer goes on with a token; True if nothing can follow."""
-        self._matcher.consume_token(token)
+        """The answer goes on with a token; True if nothing can follow.
+
+        Raises:
+            ValueError: the grammar could not be followed so far.
+        """
+        if not self._matcher.consume_token(token) and self._matcher.is_error():
+            raise ValueError(f"the grammar cannot be followed further: {self._matcher.get_error()}")
         return bool(self._matcher.is_stopped())

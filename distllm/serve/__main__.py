@@ -1,11 +1,11 @@
-"""Rank 0 of an HTTP front, which starts it: `python -m distllm.serve FD WORDS...`, FD being their socket."""
+"""Rank 0 of an HTTP front, which starts it: `python -m distllm.serve FD KEEPS WORDS...`, FD being their socket."""
 
 from __future__ import annotations
 
 import socket
 import sys
 
-from distllm.run import main
+from distllm.run import Front, main
 
 if __name__ == "__main__":
-    main(sys.argv[2:], front=socket.socket(fileno=int(sys.argv[1])))
+    main(sys.argv[3:], Front(socket.socket(fileno=int(sys.argv[1])), keeps=sys.argv[2] == "keeps"))

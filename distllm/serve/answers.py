@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 from distllm.serve.calls import Call
+from distllm.serve.exchange import About
 from distllm.serve.messages import Grown, Likely
 from distllm.serve.tools import Reading, ToolCall
 
@@ -19,18 +20,16 @@ class Answer:
 
     Args:
         name: of the exchange.
-        created: when it was asked for, in seconds since 1970.
-        tools: whether the model may call any.
     """
 
     prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(self, name: str, *, model: str, created: int, tools: bool) -> None:
+    def __init__(self, name: str, model: str, about: About) -> None:
         self.name = name
-        self.tools = tools
-        self._head = {"id": name, "created": created, "model": model}
+        self.about = about
+        self._head = {"id": name, "created": about.created, "model": model}
 
     def whole(self, calls: Sequence[Call]) -> Json:
         """The whole answer."""
@@ -38,7 +37,7 @@ class Answer:
             self._choice(index, self._content(index, call), call.finish_reason, _joined(call))
             for index, call in enumerate(calls)
         ]
-        return self._body(self.whole_object, choices) | {"usage": usage(calls)}
+        return self._body(self.whole_object, choices) | {"usage": self._usage(calls)}
 
     def begin(self, index: int) -> Iterator[Json]:  # noqa: ARG002
         """What comes before the first piece of a choice."""
@@ -51,13 +50,20 @@ class Answer:
 
     def usage_chunk(self, calls: Sequence[Call]) -> Json:
         """The last chunk, for those that want to know what it took."""
-        return self._body(self.chunk_object, []) | {"usage": usage(calls)}
+        return self._body(self.chunk_object, []) | {"usage": self._usage(calls)}
+
+    def _usage(self, calls: Sequence[Call]) -> dict[str, int]:
+        """Tokens of the prompts, each counted once however many answers it has, and of the answers."""
+        prompt = sum(len(call.tokens or ()) for call in calls[:: self.about.choices])
+        completion = sum(call.known for call in calls)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _body(self, kind: str, choices: list[Json]) -> Json:
         return {**self._head, "object": kind, "choices": choices}
 
     def _choice(self, index: int, content: Json, reason: str | None, told: Logprobs) -> Json:
-        return {"index": index, **content, "logprobs": self._logprobs(told) if told else None, "finish_reason": reason}
+        logprobs = self._logprobs(index, told) if told else None
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _content(self, index: int, call: Call) -> Json:
         raise NotImplementedError
@@ -65,7 +71,7 @@ class Answer:
     def _delta(self, index: int, piece: Grown) -> Json:
         raise NotImplementedError
 
-    def _logprobs(self, told: Logprobs) -> Json:
+    def _logprobs(self, index: int, told: Logprobs) -> Json:
         raise NotImplementedError
 
 
@@ -76,8 +82,8 @@ class ChatAnswer(Answer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, name: str, *, model: str, created: int, tools: bool) -> None:
-        super().__init__(name, model=model, created=created, tools=tools)
+    def __init__(self, name: str, model: str, about: About) -> None:
+        super().__init__(name, model, about)
         self._readings: dict[int, Reading] = {}
 
     def begin(self, index: int) -> Iterator[Json]:
@@ -85,7 +91,7 @@ class ChatAnswer(Answer):
         yield self._body(self.chunk_object, [self._choice(index, content, None, ())])
 
     def _read(self, index: int, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
-        if not self.tools:
+        if not self.about.tools:
             return text, []
         reading = self._readings.setdefault(index, Reading(f"{self.name}/{index}"))
         return reading.push(text, last=last)
@@ -108,7 +114,7 @@ class ChatAnswer(Answer):
             delta["tool_calls"] = [{"index": each.index, **_tool_call(each)} for each in called]
         return {"delta": delta}
 
-    def _logprobs(self, told: Logprobs) -> Json:
+    def _logprobs(self, index: int, told: Logprobs) -> Json:  # noqa: ARG002
         def named(likely: Likely) -> Json:
             return {"token": _text(likely), "logprob": likely[1], "bytes": list(likely[0])}
 
@@ -122,30 +128,28 @@ class TextAnswer(Answer):
     prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
+    def __init__(self, name: str, model: str, about: About) -> None:
+        super().__init__(name, model, about)
+        self._offsets: dict[int, int] = {}
+
     def _content(self, index: int, call: Call) -> Json:  # noqa: ARG002
         return {"text": "".join(piece.text for piece in call.pieces)}
 
     def _delta(self, index: int, piece: Grown) -> Json:  # noqa: ARG002
         return {"text": piece.text}
 
-    def _logprobs(self, told: Logprobs) -> Json:
+    def _logprobs(self, index: int, told: Logprobs) -> Json:
         texts = [_text(token) for token, _ in told]
+        *offsets, self._offsets[index] = accumulate(map(len, texts), initial=self._offsets.get(index, 0))
         return {
             "tokens": texts,
             "token_logprobs": [logprob for (_, logprob), _ in told],
             "top_logprobs": [{_text(each): each[1] for each in top} for _, top in told],
-            "text_offset": list(accumulate((len(text) for text in texts[:-1]), initial=0)),
+            "text_offset": offsets,
         }
 
 
 SHAPES: dict[str, type[Answer]] = {"chat": ChatAnswer, "text": TextAnswer}
-
-
-def usage(calls: Sequence[Call]) -> dict[str, int]:
-    """Tokens of the prompts, each counted once, and of the answers."""
-    prompts = {tuple(call.tokens or ()) for call in calls}
-    prompt, completion = sum(map(len, prompts)), sum(call.known for call in calls)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _joined(call: Call) -> Logprobs:

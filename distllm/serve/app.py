@@ -67,7 +67,7 @@ class Server:
     def cluster(self) -> dict[str, Any]:
         """The ranks, what they hold and how they spend their time, and what is asked of them."""
         rank0 = self.exchanges.rank0
-        now = {"ready": rank0.ready, "rank0_starts": rank0.starts, "unfinished": self.exchanges.count}
+        now = {"ready": rank0.ready, "rank0_comings": rank0.comings, "unfinished": self.exchanges.count}
         return now | dict(rank0.stats)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
@@ -93,6 +93,7 @@ class Server:
             stream=bool(asked.stream),
             usage=usage,
             tools=bool(asked.usable_tools),
+            choices=asked.n or 1,
         )
         heard: list[int] = []
         if (last := request.headers.get("last-event-id")) is not None:
@@ -105,15 +106,17 @@ class Server:
         """What a stream was of that broke, and what its client has of it."""
         name, _, counts = last.partition(":")
         exchange = self.exchanges.find(name)
-        heard = [int(count) for count in counts.split(",") if count.isdecimal()]
+        heard = [int(count) for count in counts.split(",") if count.isdecimal() and len(count) < 10]
         if exchange is None or exchange.about.client != about.client or len(heard) != len(exchange.calls):
-            raise Problem(404, f"Last-Event-ID {last!r}: there is no such answer, or not any more", code="not_found")
+            raise Problem(404, "Last-Event-ID: there is no such answer, or not any more", code="not_found")
+        if any(count > len(call.pieces) for count, call in zip(heard, exchange.calls, strict=True)):
+            raise Problem(400, "Last-Event-ID: is of more than has been told")
         return exchange, heard
 
     def _begun(self, asked: Generation, about: About, prompts: Sequence[Prompt], key: str | None) -> Exchange:
         """A new exchange, unless its client has given the key before."""
-        if key is not None:
-            key = f"{about.client} {key}"
+        if key:
+            key = json.dumps([about.client, key])
             before = self.exchanges.find_key(key)
             if before is not None and before.about.digest != about.digest:
                 raise Problem(409, "Idempotency-Key: was used for another request", code="idempotency_key_reused")
@@ -121,19 +124,24 @@ class Server:
                 return before
         name = f"{answers.SHAPES[about.shape].prefix}-{uuid.uuid4().hex}"
         calls: list[Call] = []
-        params = asked.params()
+        try:
+            params = asked.params()
+        except (ValueError, RecursionError) as error:
+            raise Problem(400, f"the request cannot be read: {error}") from error
+        if (count := len(prompts) * about.choices) > self.exchanges.most_calls:
+            raise Problem(400, f"{count} answers are asked for at once; here are {self.exchanges.most_calls} at most")
         for prompt in prompts:
-            for choice in range(asked.n or 1):  # choices differ by their seeds
+            for choice in range(about.choices):  # they differ by their seeds
                 seed = None if params.seed is None else (params.seed + choice) % 2**63
                 calls.append(Call(f"{name}/{len(calls)}", about.client, prompt, replace(params, seed=seed)))
-        exchange = Exchange(name, about, calls, key)
+        exchange = Exchange(name, about, calls, key or None)
         self.exchanges.begin(exchange)
         return exchange
 
     async def _told(self, exchange: Exchange, heard: list[int], request: Request) -> Response:
         about = exchange.about
         shape = answers.SHAPES[about.shape]
-        answer = shape(exchange.name, model=self.model, created=about.created, tools=about.tools)
+        answer = shape(exchange.name, self.model, about)
         if about.stream:
             with suppress(TimeoutError), self.exchanges.followed(exchange):
                 await asyncio.wait_for(asyncio.shield(exchange.accepted), KEEP_ALIVE_S)
@@ -187,7 +195,7 @@ async def _gone(request: Request) -> None:
 
 
 def _event(chunk: dict[str, Any], name: str | None = None) -> str:
-    data = f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+    data = f"data: {json.dumps(chunk)}\n\n"
     return data if name is None else f"id: {name}\n{data}"
 
 
@@ -205,7 +213,12 @@ def _problem(error: Exception) -> Problem:
 
 def make_app(server: Server) -> FastAPI:
     """The routes."""
-    app = FastAPI(title="distllm", summary="OpenAI's API on the machines you have")
+    app = FastAPI(
+        title="distllm",
+        summary="OpenAI's API on the machines you have",
+        docs_url=None,  # it would load its page from elsewhere
+        redoc_url=None,
+    )
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -252,6 +265,10 @@ def make_app(server: Server) -> FastAPI:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return await told(request, Problem(400, f"{where}: {first['msg']}" if where else first["msg"], param=where))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:  # the server logs it
+        return await told(request, Problem(500, f"the server failed: {type(error).__name__}"))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import socket
 import threading
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from distllm.core import Logprob, Piece, SamplingParams
+from distllm.core import EngineError, Logprob, Piece, SamplingParams
 from distllm.serve.messages import (
     Ask,
     Drop,
     Failed,
+    FrontLost,
     Grown,
     Likely,
     Message,
@@ -27,16 +29,15 @@ from distllm.serve.messages import (
     encode,
 )
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from distllm.engine.delivery import Sink
     from distllm.llm import LLM
 
 
 STATS_INTERVAL_S = 1.0
-
-
-class FrontLost(ConnectionError):
-    """The HTTP front has ended without a word."""
+LEAST = -9999.0  # OpenAI's log-probability of what is next to impossible
 
 
 class Pipe:
@@ -67,7 +68,8 @@ class Pipe:
         """What the front says, until it is gone."""
         with self._connection.makefile("rb") as lines:
             for line in lines:
-                yield decode(line)
+                if line.endswith(b"\n"):  # else whoever wrote it, or this side, hung up in the middle
+                    yield decode(line)
 
     def hang_up(self) -> None:
         """Hears no more."""
@@ -129,14 +131,18 @@ class Backend:
                 return
 
     def _read(self, read: Read) -> None:
-        params = SamplingParams(**read.params)  # type: ignore[arg-type]
         try:
+            params = SamplingParams(**read.params)  # type: ignore[arg-type]
             if isinstance(read.prompt, str) or all(isinstance(each, int) for each in read.prompt):
                 request = self._llm.request(read.prompt, params)  # type: ignore[arg-type]
             else:
                 request = self._llm.chat_request(read.prompt, params)  # type: ignore[arg-type]
         except ValueError as error:
             self._pipe.send(Refused(read.call, str(error)))
+            return
+        except Exception as error:  # a request that cannot be read must not take the others with it
+            logger.exception("a request cannot be read")
+            self._pipe.send(Refused(read.call, f"it cannot be read: {type(error).__name__}"))
             return
         assert request.params.seed is not None, "one is drawn"
         self._pipe.send(Taken(read.call, request.tokens, request.params.seed))
@@ -147,7 +153,9 @@ class Backend:
             request = replace(request, generated=tuple(ask.generated))
             with self._lock:  # the answer may be whole before its number is known
                 self._numbers[ask.call] = self._llm.submit(request, self._sink(ask))
-        except ValueError as error:  # it is larger than what ranks that are left have room for
+        except (ValueError, EngineError) as error:  # it is larger than what ranks that are left have room for
+            if self._llm.failure is not None:
+                raise
             self._pipe.send(Failed(ask.call, str(error)))
 
     def _sink(self, ask: Ask) -> Sink:
@@ -175,6 +183,6 @@ class Backend:
 
     def _likely(self, told: Logprob) -> tuple[Likely, list[Likely]]:
         def named(token: int, logprob: float) -> Likely:
-            return list(self._llm.token_bytes(token)), logprob
+            return list(self._llm.token_bytes(token)), logprob if logprob > LEAST else LEAST  # also for no number
 
         return named(told.token, told.logprob), [named(*each) for each in told.top]

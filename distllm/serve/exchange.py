@@ -28,7 +28,8 @@ class Full(RuntimeError):
 class About:
     """What the journal keeps of an exchange besides its answers.
 
-    `digest` is that of the request's body, `shape` that of the answer (chat or text).
+    `digest` is that of the request's body, `shape` that of the answer (chat or text), `choices` how many answers each
+    prompt has.
     """
 
     shape: str
@@ -38,6 +39,7 @@ class About:
     stream: bool = False
     usage: bool = False
     tools: bool = False
+    choices: int = 1
 
 
 class Exchange:
@@ -73,6 +75,11 @@ class Exchange:
         """As the journal takes it."""
         calls = [(call.tokens or (), call.params, call.pieces) for call in self.calls]
         return Entry(self.name, self.key, asdict(self.about), calls)
+
+    @property
+    def over(self) -> bool:
+        """Every answer is whole."""
+        return all(call.finish_reason is not None for call in self.calls)
 
     async def pieces(self, heard: Sequence[int], patience_s: float) -> AsyncIterator[tuple[int, Grown] | None]:
         """Pieces of all answers as they come, each with its answer's place; None when nothing has come for a while.
@@ -132,9 +139,9 @@ class Exchanges:
     """
 
     def __init__(self, ledger: Ledger, words: Sequence[str], *, most_calls: int, resume_s: float) -> None:
-        self.rank0 = Rank0(words, self._deliver)
+        self.rank0 = Rank0(words, self._deliver, self.end)
         self._ledger = ledger
-        self._most_calls = most_calls
+        self.most_calls = most_calls
         self._resume_s = resume_s
         self._open: dict[str, Exchange] = {}
         self._keys: dict[str, Exchange] = {}
@@ -151,12 +158,10 @@ class Exchanges:
 
         Raises:
             Full: not now.
-            Refusal: never, it is too many answers.
         """
-        if len(exchange.calls) > self._most_calls:
-            raise Refusal(f"{len(exchange.calls)} answers are asked for at once; here are {self._most_calls} at most")
-        if self.rank0.calls + len(exchange.calls) > self._most_calls:
-            raise Full(f"{self.rank0.calls} answers are waited for already")
+        waited = sum(len(each.calls) for each in self._open.values())
+        if waited + len(exchange.calls) > self.most_calls:
+            raise Full(f"{waited} answers are waited for already")
         self._attend(exchange)
 
     def resume(self) -> None:
@@ -170,17 +175,20 @@ class Exchanges:
 
     def find(self, name: str) -> Exchange | None:
         """One by its name, also a whole one that is not forgotten yet."""
-        if (exchange := self._open.get(name)) is not None:
-            return exchange
-        entry = self._ledger.find(name)
-        return None if entry is None else Exchange.again(entry)
+        return self._open.get(name) or self._again(self._ledger.find(name))
 
     def find_key(self, key: str) -> Exchange | None:
         """One by what its client calls it."""
-        if (exchange := self._keys.get(key)) is not None:
-            return exchange
-        entry = self._ledger.find_key(key)
-        return None if entry is None else Exchange.again(entry)
+        return self._keys.get(key) or self._again(self._ledger.find_key(key))
+
+    def _again(self, entry: Entry | None) -> Exchange | None:
+        """One that the journal has; what is missing of its answers, because there was no room for it, is made again."""
+        if entry is None:
+            return None
+        exchange = Exchange.again(entry)
+        if not exchange.over:
+            self._attend(exchange)
+        return exchange
 
     @contextmanager
     def followed(self, exchange: Exchange) -> Iterator[None]:
@@ -194,6 +202,7 @@ class Exchanges:
 
     def _leave(self, exchange: Exchange) -> None:
         if exchange.followers == 0 and exchange.key is None and (task := self._tasks.get(exchange.name)) is not None:
+            self._open.pop(exchange.name, None)  # nobody may come to it any more
             task.cancel()
 
     async def forget(self) -> None:
@@ -241,7 +250,8 @@ class Exchanges:
                 self.rank0.drop(call)
             if not whole and not self._closing:
                 self._ledger.drop([exchange.name])
-            del self._open[exchange.name], self._tasks[exchange.name]
+            self._open.pop(exchange.name, None)
+            del self._tasks[exchange.name]
             if exchange.key is not None:
                 del self._keys[exchange.key]
 

@@ -25,6 +25,7 @@ from distllm.serve.ledger import Ledger
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+USAGE_ERROR = 2  # of a rank 0 that has found something that will not do
 
 
 class Listener(uvicorn.Server):
@@ -35,8 +36,11 @@ class Listener(uvicorn.Server):
         yield
 
 
-def serve(config: Config, words: Sequence[str]) -> int:
-    """Serves until a signal says that it is enough; returns the exit code.
+def serve(config: Config, words: Sequence[str]) -> tuple[int, bool]:
+    """Serves until a signal says that it is enough.
+
+    Returns:
+        The exit code, and whether rank 0 has told the other ranks how the job ends.
 
     Args:
         words: the command line, for rank 0.
@@ -62,7 +66,7 @@ def serve(config: Config, words: Sequence[str]) -> int:
 
 async def _serve(
     config: Config, listening: socket.socket, words: Sequence[str], ledger: Ledger, keys: Keys | None
-) -> int:
+) -> tuple[int, bool]:
     serve = config.serve
     exchanges = Exchanges(ledger, words, most_calls=serve.max_queue, resume_s=serve.resume_s)
     routes = make_app(Server(exchanges, model=_name(config)))
@@ -73,6 +77,7 @@ async def _serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # who asks is who is connected
             lifespan="off",
             timeout_graceful_shutdown=drain_s,
             ssl_certfile=serve.tls_cert,
@@ -96,7 +101,8 @@ async def _serve(
     forgetting.cancel()
     await exchanges.close()
     await exchanges.rank0.stop()
-    return await running
+    code = await running
+    return code, exchanges.rank0.told or code == USAGE_ERROR
 
 
 def _check_certificate(serve: ServeConfig) -> None:

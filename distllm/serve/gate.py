@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,8 @@ def _read(path: Path) -> Mapping[bytes, str]:
         if len(words) > 2 or len(words[-1]) < SHORTEST_KEY:
             rule = f"give [NAME] KEY, the key of {SHORTEST_KEY} characters or more"
             raise ValueError(f"serve.api_keys_file={path}: line {number}: {rule}")
-        found[_digest(words[-1])] = words[0] if len(words) == 2 else f"key {number}"
+        digest = _digest(words[-1])
+        found[digest] = words[0] if len(words) == 2 else f"key {digest.hex()[:12]}"
     if not found:
         raise ValueError(f"serve.api_keys_file={path}: has no keys")
     return found
@@ -122,14 +124,14 @@ class Gate:
 
     def _counted(self, receive: Receive) -> Receive:
         """The body, as long as it is not too large and does not take too long."""
-        taken, whole = 0, False
+        taken, whole, until = 0, False, time.monotonic() + BODY_TIMEOUT_S
 
         async def take() -> Message:
             nonlocal taken, whole
             if whole:
                 return await receive()  # whether the client goes away
             try:
-                message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
+                message = await asyncio.wait_for(receive(), until - time.monotonic())
             except TimeoutError:
                 raise HTTPException(408, f"the request was not whole after {BODY_TIMEOUT_S:.0f} s") from None
             taken += len(message.get("body", b""))

@@ -57,6 +57,7 @@ class Ledger(JournalFile):
         self._keep_s = keep_s
         self._redact = redact
         self._failing = False
+        self._gaps: set[str] = set()
         try:
             with self._in_words(), self._at_once():
                 self._adopt(model)
@@ -100,11 +101,12 @@ class Ledger(JournalFile):
         While it cannot be written they are not; what was accepted is answered all the same.
         """
         rows = [(name, place, start, json.dumps(astuple(piece)[1:])) for name, place, start, piece in pieces]
-        self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?)", rows)
+        if not self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?)", rows):
+            self._gaps.update(name for name, *_ in rows)
 
     def end(self, name: str) -> None:
-        """An exchange is whole."""
-        if self._keep_s <= 0:
+        """An exchange is whole; if the journal has it not whole, it is not kept."""
+        if self._keep_s <= 0 or name in self._gaps:
             self.drop([name])
             return
         self._write("UPDATE exchanges SET ended = ? WHERE name = ?", [(time.time(), name)])
@@ -115,6 +117,8 @@ class Ledger(JournalFile):
 
     def drop(self, names: Iterable[str]) -> None:
         """Nobody will ask for these again."""
+        names = list(names)
+        self._gaps.difference_update(names)
         try:
             with self._at_once():
                 self._delete(names)
@@ -124,7 +128,12 @@ class Ledger(JournalFile):
     def forget(self) -> None:
         """Drops what ended long enough ago."""
         ended = time.time() - self._keep_s
-        self.drop([name for (name,) in self._file.execute("SELECT name FROM exchanges WHERE ended < ?", (ended,))])
+        try:
+            old = self._file.execute("SELECT name FROM exchanges WHERE ended < ?", (ended,)).fetchall()
+        except sqlite3.DatabaseError as error:
+            self._fails(error)
+            return
+        self.drop([name for (name,) in old])
 
     def unfinished(self) -> Iterator[Entry]:
         """Exchanges that are not whole."""
@@ -168,16 +177,18 @@ class Ledger(JournalFile):
         for table in ("pieces", "calls", "exchanges"):
             self._file.executemany(f"DELETE FROM {table} WHERE name = ?", gone)
 
-    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> bool:
+        """Whether it could be."""
         try:
             with self._at_once():
                 self._file.executemany(statement, rows)
         except sqlite3.DatabaseError as error:
             self._fails(error)
-            return
+            return False
         if self._failing:
             logger.warning("%s: can be written again", self.path)
         self._failing = False
+        return True
 
     def _fails(self, error: Exception) -> None:
         if not self._failing:

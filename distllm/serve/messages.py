@@ -8,6 +8,11 @@ from dataclasses import dataclass, fields
 
 from distllm.core import FinishReason
 
+
+class FrontLost(ConnectionError):
+    """The HTTP front has ended without a word."""
+
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages."""
 

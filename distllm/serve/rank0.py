@@ -17,8 +17,7 @@ from distllm.serve.turns import Turns
 logger = logging.getLogger(__name__)
 
 READ_BYTES = 2**20
-USAGE_ERROR = 2  # of a process that finds something that will not do, and would find it again
-END_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 12.0  # with serve.drain_s less than the 30 s after which launchers kill
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 
 
@@ -30,16 +29,24 @@ class Rank0:
     Attributes:
         ready: whether it can be asked now. What is asked before waits for it.
         stats: what it told last; see `LLM.stats`.
-        starts: how often the process was started.
+        comings: how often it has become ready.
+        told: whether it has heard that it is to end, and the other ranks from it.
 
     Args:
         words: the command line, which the process gets too.
         journal: takes new pieces of answers before anybody hears of them.
+        ending: is told when there will be no more, before those that wait are.
     """
 
-    def __init__(self, words: Sequence[str], journal: Callable[[Sequence[tuple[Call, Grown]]], None]) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        journal: Callable[[Sequence[tuple[Call, Grown]]], None],
+        ending: Callable[[], None],
+    ) -> None:
         self._words = words
         self._journal = journal
+        self._ending = ending
         self._read: dict[str, Call] = {}
         self._asked: dict[str, Call] = {}
         self._turns: Turns[Call] = Turns()
@@ -47,10 +54,9 @@ class Rank0:
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
-        self.ready = False
-        self.starts = 0
+        self.ready = self.told = False
+        self.comings = 0
         self.stats: Mapping[str, object] = {}
-        self._was_ready = False
 
     @property
     def calls(self) -> int:
@@ -81,52 +87,54 @@ class Rank0:
             self._send(call.ask())
 
     async def run(self) -> int:
-        """Keeps the process running until it is told to stop, or cannot be; returns its exit code.
+        """Keeps the process running until it is told to stop, or never comes up; returns its exit code, 0 if told.
 
         One that dies is started again, and asked everything again, with what is there of each answer.
         """
         pause_s = FIRST_PAUSE_S
         while True:
+            before = self.comings
             code = await self._live()
-            if self._stopping.is_set() or not self._was_ready or code == USAGE_ERROR:
+            if self._stopping.is_set() or self.comings == 0:
                 break
-            pause_s = FIRST_PAUSE_S if self.ready else min(2 * pause_s, LONGEST_PAUSE_S)
-            self.ready = False
+            pause_s = FIRST_PAUSE_S if self.comings > before else min(2 * pause_s, LONGEST_PAUSE_S)
             logger.warning("rank 0 has ended with %d; starting it again, with %d answers to go on", code, self.calls)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
                 break
-        self.ready = False
+        self._ending()
         waiting = [self._turns.next() for _ in range(len(self._turns))]
         for call in (*self._read.values(), *self._asked.values(), *waiting):
             call.hear(Failed(call.name, "the server has ended"))
-        return code
+        return 0 if self._stopping.is_set() else code
 
     async def stop(self) -> None:
         """Ends the process in peace."""
         self._stopping.set()
+        self.told = self.ready
         self._send(Stop())
         if self._process is not None and self._process.returncode is None:
             if not self.ready:  # it listens only then
                 self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), END_TIMEOUT_S)
-            except TimeoutError:
-                logger.warning("rank 0 (pid %d) does not end; killing it", self._process.pid)
-                self._process.kill()
+            await self._ended(self._process)
 
     async def _live(self) -> int:
         """One life of the process; its exit code."""
+        keeps = "keeps" if self.comings else "new"
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "distllm.serve", str(theirs.fileno()), *self._words),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                process_group=0,  # out of the terminal's, whose Ctrl-C is the front's to answer
-                env={"OMP_NUM_THREADS": "1"} | os.environ,
-            )
-        self.starts += 1
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "distllm.serve", str(theirs.fileno()), keeps, *self._words),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    process_group=0,  # out of the terminal's, whose Ctrl-C is the front's to answer
+                    env={"OMP_NUM_THREADS": "1"} | os.environ,
+                )
+            except OSError as error:
+                ours.close()
+                logger.warning("rank 0 cannot be started: %s", error)
+                return 1
         reader, self._writer = await asyncio.open_connection(sock=ours)
         if self._stopping.is_set():
             self._process.terminate()
@@ -135,9 +143,19 @@ class Rank0:
         except ConnectionError as error:
             logger.debug("rank 0: %s", error)
         finally:
+            self.ready = False
             writer, self._writer = self._writer, None
             writer.close()
-        return await self._process.wait()
+        return await self._ended(self._process)
+
+    async def _ended(self, process: asyncio.subprocess.Process) -> int:
+        """Its exit code; one that has hung up and does not end is killed."""
+        try:
+            return await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
+        except TimeoutError:
+            logger.warning("rank 0 (pid %d) does not end; killing it", process.pid)
+            process.kill()
+            return await process.wait()
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         rest = b""
@@ -168,7 +186,8 @@ class Rank0:
         self._let_in()
 
     def _begin(self, most_calls: int) -> None:
-        self._most, self.ready, self._was_ready = most_calls, True, True
+        self._most, self.ready = most_calls, True
+        self.comings += 1
         for call in self._read.values():
             self._send(call.read())
         for call in self._asked.values():

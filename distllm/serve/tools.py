@@ -95,11 +95,9 @@ class Reading:
         self._rest += text
         said, calls = "", []
         while (begin := self._rest.find(BEGIN)) >= 0:
-            stop = self._rest.find(END, begin)
-            if stop < 0 and not last:
+            call, behind = self._called(begin + len(BEGIN))
+            if call is None and not last:
                 break
-            call = None if stop < 0 else self._call(self._rest[begin + len(BEGIN) : stop])
-            behind = len(self._rest) if stop < 0 else stop + len(END)
             said += self._text(self._rest[: begin if call else behind])  # what is no call is text
             self._rest = self._rest[behind:]
             if call is not None:
@@ -109,6 +107,15 @@ class Reading:
         said += self._text(self._rest[:certain])
         self._rest = self._rest[certain:]
         return said, calls
+
+    def _called(self, begin: int) -> tuple[ToolCall | None, int]:
+        """The call that begins here, and where it ends; its arguments may have what looks like its end."""
+        stop = self._rest.find(END, begin)
+        while stop >= 0:
+            if (call := self._call(self._rest[begin:stop])) is not None:
+                return call, stop + len(END)
+            stop = self._rest.find(END, stop + 1)
+        return None, len(self._rest)
 
     def _text(self, text: str) -> str:
         """Text as it is told: newlines behind a call part it from the next one."""
