@@ -99,6 +99,7 @@ def test_a_loader_that_fails_is_named(checkpoint: Path) -> None:
     assert "no such folder" in str(failed.value)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_every_process(checkpoint: Path) -> None:
     endless = ("bench.rounds=100000", "bench.requests=[1]", "bench.rivals=[transformers-pp]", "bench.new_tokens=2")
     command, environ = bench_of(checkpoint, *endless)

@@ -207,7 +207,7 @@ EVERY = [
     ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
     ("raise", "timing", " failed in a step that times the stages: RuntimeError: no such kernel"),
 ]
-SHORT = 5
+SHORT = 4
 
 
 @pytest.mark.parametrize(

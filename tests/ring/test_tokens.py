@@ -126,7 +126,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return case(folder, prompts, 16, use_cache=False)
 
 
-@pytest.mark.parametrize("tiny", ["gemma3_text", "mixtral"], indirect=True)
+@pytest.mark.parametrize("tiny", ["gemma3_text", pytest.param("mixtral", marks=pytest.mark.slow)], indirect=True)
 def test_tiny(tiny: Case) -> None:
     with opened(tiny.folder, 3, [2, 2, 1], 16) as llm:
         check_together(llm, tiny)
