@@ -188,7 +188,7 @@ class ServeConfig:
     max_body_bytes: int = key(4194304, "most bytes of a request")
     max_queue: int = key(256, "most answers that run or wait at once; who asks for more is told to come back")
     journal: str | None = key(
-        None, "file of what is accepted and answered; by default one for each port in ~/.local/state/distllm", text=True
+        None, "file of what is accepted and answered; by default one a port in ~/.local/state/distllm", text=True
     )
     keep_s: float = key(600.0, "how long whole answers are kept there, for Idempotency-Key and Last-Event-ID")
     redact: bool = key(False, "take prompts out of it as soon as they are answered")

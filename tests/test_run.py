@@ -189,7 +189,7 @@ import signal, sys, time
 from distllm import run
 from distllm.core import EngineError
 
-def lose_a_rank(config):
+def lose_a_rank(config, front):
     signal.raise_signal(signal.SIGTERM)
     try:
         EFFECT
