@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ CITY = {
 
 @pytest.fixture(scope="module")
 def reader(smollm2: Path) -> Reader:
-    return Reader(ModelConfig(path=str(smollm2)))
+    return Reader(ModelConfig(path=str(smollm2), dtype="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +66,21 @@ def test_what_cannot_be_followed_is_refused_in_one_line(tokenizer: Tokenizer, gr
     assert "\n" not in str(refused.value)
 
 
+@pytest.fixture(scope="module")
+def llm(reader: Reader) -> Iterator[LLM]:
+    with LLM(reader) as llm:
+        yield llm
+
+
 @pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "seeded"])
-def test_answers_follow_their_schema_and_end(smollm2: Path, how: dict[str, float]) -> None:
+def test_answers_follow_their_schema_and_end(llm: LLM, how: dict[str, float]) -> None:
     constrained = SamplingParams(max_tokens=60, grammar=json_grammar(CITY), **how)  # type: ignore[arg-type]
     free = SamplingParams(max_tokens=20, **how)  # type: ignore[arg-type]
-    with LLM(smollm2, dtype="float32") as llm:
-        alone = llm.generate("Paris in JSON:", constrained)[0]
-        mixed = llm.answer([(each, llm.request("Paris in JSON:", each)) for each in (free, constrained, free)])
-        assert mixed[1].text == alone.text
-        assert mixed[0].text == mixed[2].text == llm.generate("Paris in JSON:", free)[0].text
-        resumed = list(llm.stream(_from_the_middle(llm, constrained, alone.token_ids)))
+    alone = llm.generate("Paris in JSON:", constrained)[0]
+    mixed = llm.answer([(each, llm.request("Paris in JSON:", each)) for each in (free, constrained, free)])
+    assert mixed[1].text == alone.text
+    assert mixed[0].text == mixed[2].text == llm.generate("Paris in JSON:", free)[0].text
+    resumed = list(llm.stream(_from_the_middle(llm, constrained, alone.token_ids)))
     found = json.loads(alone.text)
     assert found.keys() == {"city", "people"}
     assert isinstance(found["people"], int)
