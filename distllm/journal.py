@@ -44,6 +44,7 @@ class JournalFile:
 
     def __init__(self, path: Path, tables: Sequence[str], about: Mapping[str, str]) -> None:
         self.path = path
+        self._failing = False
         about = {"format": FORMAT, **about}
         try:
             with self._in_words():
@@ -96,6 +97,22 @@ class JournalFile:
                 self._file.execute("ROLLBACK")
             raise
 
+    def _try(self, writes: Sequence[tuple[str, Iterable[tuple[object, ...]]]]) -> bool:
+        """Statements with their rows, all at once; whether they could be written. The log is told when that changes."""
+        try:
+            with self._at_once():
+                for statement, rows in writes:
+                    self._file.executemany(statement, rows)
+        except sqlite3.DatabaseError as error:
+            if not self._failing:
+                logger.warning("%s: cannot be written (%s); going on without, and trying again", self.path, error)
+            self._failing = True
+            return False
+        if self._failing:
+            logger.warning("%s: can be written again", self.path)
+        self._failing = False
+        return True
+
     def close(self) -> None:
         """Another process may go on with it."""
         if hasattr(self, "_file"):
@@ -128,7 +145,6 @@ class Journal(JournalFile):
         self._pending = Pending()
         self._known: dict[str, int] = {}
         self._flushed = time.monotonic()
-        self._failing = False
 
     def accept(self, requests: Iterable[tuple[str, Request]]) -> list[Request]:
         """Takes requests by their names, and gives them back as they were taken first: with the seed that was drawn
@@ -188,23 +204,13 @@ class Journal(JournalFile):
     def flush(self) -> None:
         """Writes what is pending. While that fails it stays in memory, and the next time may do better."""
         self._flushed = time.monotonic()
-        try:
-            self._write(self._pending)
-        except sqlite3.DatabaseError as error:
-            if not self._failing:
-                logger.warning("%s: cannot be written (%s); going on without, and trying again", self.path, error)
-            self._failing = True
-            return
-        if self._failing:
-            logger.warning("%s: can be written again", self.path)
-        self._failing = False
-        self._pending = Pending()
-
-    def _write(self, pending: Pending) -> None:
-        pieces = [(name, start, json.dumps(tokens)) for name, (start, tokens) in pending.pieces.items()]
-        with self._at_once():
-            self._file.executemany("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?)", pieces)
-            self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", pending.answers.items())
+        pieces = [(name, start, json.dumps(tokens)) for name, (start, tokens) in self._pending.pieces.items()]
+        writes = [
+            ("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?)", pieces),
+            ("INSERT OR REPLACE INTO answers VALUES (?, ?)", self._pending.answers.items()),
+        ]
+        if self._try(writes):
+            self._pending = Pending()
 
     def settle(self) -> None:
         """Sees to it that all is on disk.

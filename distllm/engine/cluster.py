@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.1
 ORDER_TIMEOUT_S = 10.0  # an order is only dropped into an inbox, but it lists every tensor of the model
 VERDICT_TIMEOUT_S = 1.0
+ENDING_S = 0.2  # from a closed connection to the end of its process
 WATCH_S = 2.0
 # A rank that lost its master registers with the next one at once; one that died with it must be started first.
 SUCCESSION_S = 20.0
@@ -336,7 +337,7 @@ class Cluster:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""
         sentences = []
         for rank, peer in sorted(silent.items()):
-            ended = self._local.ended(rank) if self._local else None
+            ended = self._local.ended(rank, 0.0 if peer.timed_out else ENDING_S) if self._local else None
             killed = ", so the master killed it" if peer.timed_out and not ended and self._kill(rank) else ""
             step = f"; {finished_in_words(finished[rank])}" if rank in finished else ""
             sentences.append(f"{self.members[rank]} is lost: {ended or peer.reason}{killed}{step}")

@@ -57,10 +57,17 @@ class LocalRanks:
             process_group=0,  # out of the terminal's, whose Ctrl-C is this process's to answer
         )
 
-    def ended(self, rank: int) -> str | None:
-        """How a child ended, or None while it runs."""
-        code = self._children[rank].poll() if rank in self._children else None
-        if code is None:
+    def ended(self, rank: int, patience_s: float = 0.0) -> str | None:
+        """How a child ended, or None while it runs.
+
+        Args:
+            patience_s: how long to wait for its end; a process that dies closes its connections a moment before.
+        """
+        if rank not in self._children:
+            return None
+        try:
+            code = self._children[rank].wait(patience_s)
+        except subprocess.TimeoutExpired:
             return None
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
 

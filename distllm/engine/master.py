@@ -254,13 +254,11 @@ class Master:
 
     def _constrained(self, step: Step) -> Step:
         """The step with what the grammars of its requests allow."""
-        rows = tuple(
-            replace(row, allowed=allowed)
-            if row.samples and (allowed := self._deliveries[row.request].allowed())
-            else row
-            for row in step.rows
-        )
-        return replace(step, rows=rows)
+        sampling = [row.request for row in step.rows if row.samples]
+        masks = {request: mask for request in sampling if (mask := self._deliveries[request].allowed())}
+        if not masks:
+            return step
+        return replace(step, rows=tuple(replace(row, allowed=masks.get(row.request, b"")) for row in step.rows))
 
     def _mind_the_deadline(self, done: Done) -> None:
         if done.step.has_prompt and self._pace.see(done.step.tokens, done.seconds):

@@ -29,12 +29,11 @@ from distllm.serve.messages import (
     encode,
 )
 
-logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from distllm.engine.delivery import Sink
     from distllm.llm import LLM
 
+logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
 LEAST = -9999.0  # OpenAI's log-probability of what is next to impossible

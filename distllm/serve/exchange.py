@@ -201,8 +201,11 @@ class Exchanges:
             asyncio.get_running_loop().call_later(LEAVE_S, self._leave, exchange)
 
     def _leave(self, exchange: Exchange) -> None:
-        if exchange.followers == 0 and exchange.key is None and (task := self._tasks.get(exchange.name)) is not None:
-            self._open.pop(exchange.name, None)  # nobody may come to it any more
+        if self._closing or exchange.followers > 0 or exchange.key is not None:
+            return
+        if (task := self._tasks.get(exchange.name)) is not None:
+            self._open.pop(exchange.name, None)
+            self._ledger.drop([exchange.name])  # nobody may come to it any more, before its task has ended
             task.cancel()
 
     async def forget(self) -> None:

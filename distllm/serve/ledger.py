@@ -56,7 +56,6 @@ class Ledger(JournalFile):
         super().__init__(path, TABLES, {"kind": "server"})
         self._keep_s = keep_s
         self._redact = redact
-        self._failing = False
         self._gaps: set[str] = set()
         try:
             with self._in_words(), self._at_once():
@@ -74,7 +73,8 @@ class Ledger(JournalFile):
                     f"{self.path}: has {open_ones} requests that another model or dtype has begun to answer "
                     f"({before[0]}); serve that to go on, or delete the file"
                 )
-            self._delete(name for (name,) in self._file.execute("SELECT name FROM exchanges").fetchall())
+            for table in ("pieces", "calls", "exchanges"):
+                self._file.execute(f"DELETE FROM {table}")
         self._file.execute("INSERT OR REPLACE INTO about VALUES ('model', ?)", (model,))
 
     def accept(self, entry: Entry) -> None:
@@ -101,7 +101,7 @@ class Ledger(JournalFile):
         While it cannot be written they are not; what was accepted is answered all the same.
         """
         rows = [(name, place, start, json.dumps(astuple(piece)[1:])) for name, place, start, piece in pieces]
-        if not self._write("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?)", rows):
+        if not self._try([("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?)", rows)]):
             self._gaps.update(name for name, *_ in rows)
 
     def end(self, name: str) -> None:
@@ -109,21 +109,21 @@ class Ledger(JournalFile):
         if self._keep_s <= 0 or name in self._gaps:
             self.drop([name])
             return
-        self._write("UPDATE exchanges SET ended = ? WHERE name = ?", [(time.time(), name)])
+        writes: list[tuple[str, list[tuple[object, ...]]]]
+        writes = [("UPDATE exchanges SET ended = ? WHERE name = ?", [(time.time(), name)])]
         if self._redact:
             rows = self._file.execute("SELECT tokens, place FROM calls WHERE name = ?", (name,)).fetchall()
-            blank = [(json.dumps([0] * len(json.loads(tokens))), name, place) for tokens, place in rows]
-            self._write("UPDATE calls SET tokens = ? WHERE name = ? AND place = ?", blank)
+            blank: list[tuple[object, ...]] = [
+                (json.dumps([0] * len(json.loads(tokens))), name, place) for tokens, place in rows
+            ]
+            writes.append(("UPDATE calls SET tokens = ? WHERE name = ? AND place = ?", blank))
+        self._try(writes)
 
     def drop(self, names: Iterable[str]) -> None:
         """Nobody will ask for these again."""
         names = list(names)
         self._gaps.difference_update(names)
-        try:
-            with self._at_once():
-                self._delete(names)
-        except sqlite3.DatabaseError as error:
-            self._fails(error)
+        self._try(_deletes(names))
 
     def forget(self) -> None:
         """Drops what ended long enough ago."""
@@ -131,7 +131,7 @@ class Ledger(JournalFile):
         try:
             old = self._file.execute("SELECT name FROM exchanges WHERE ended < ?", (ended,)).fetchall()
         except sqlite3.DatabaseError as error:
-            self._fails(error)
+            logger.warning("%s: cannot be read: %s", self.path, error)
             return
         self.drop([name for (name,) in old])
 
@@ -172,28 +172,10 @@ class Ledger(JournalFile):
             known += len(pieces[-1].tokens)
         return pieces
 
-    def _delete(self, names: Iterable[str]) -> None:
-        gone = [(name,) for name in names]
-        for table in ("pieces", "calls", "exchanges"):
-            self._file.executemany(f"DELETE FROM {table} WHERE name = ?", gone)
 
-    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> bool:
-        """Whether it could be."""
-        try:
-            with self._at_once():
-                self._file.executemany(statement, rows)
-        except sqlite3.DatabaseError as error:
-            self._fails(error)
-            return False
-        if self._failing:
-            logger.warning("%s: can be written again", self.path)
-        self._failing = False
-        return True
-
-    def _fails(self, error: Exception) -> None:
-        if not self._failing:
-            logger.warning("%s: cannot be written (%s); answers go on without", self.path, error)
-        self._failing = True
+def _deletes(names: Iterable[str]) -> list[tuple[str, list[tuple[object, ...]]]]:
+    gone: list[tuple[object, ...]] = [(name,) for name in names]
+    return [(f"DELETE FROM {table} WHERE name = ?", gone) for table in ("pieces", "calls", "exchanges")]
 
 
 def _params(written: str) -> SamplingParams:

@@ -163,9 +163,7 @@ def test_a_spare_is_mourned_and_may_leave(model: Path, wanted: dict[SamplingPara
         verdicts: Any
         wait_until(lambda: bool(llm.stats()["verdicts"]), "it is not mourned")
         (verdict,) = verdicts = llm.stats()["verdicts"]  # type: ignore[misc]
-        assert re.match(
-            rf"rank 2 \(host \S+, pid {lost.pid}\) is lost: (killed by SIGKILL|its connection is closed)", verdict
-        )
+        assert re.match(rf"rank 2 \(host \S+, pid {lost.pid}\) is lost: killed by SIGKILL", verdict)
         wait_until(lambda: 2 in workers() and 2 in warm(llm), "it does not come back")
         again = workers()[2]
         assert again.pid != lost.pid
