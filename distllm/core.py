@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 
 # Frames have room for so many.
-MOST_BIASES, MOST_LOGPROBS = 300, 20
+MOST_BIASES, MOST_LOGPROBS, MOST_COPIES = 300, 20, 16
 
 
 class EngineError(RuntimeError):
@@ -286,7 +286,8 @@ class Row:
     `tokens` start at position `start`; the request's KV lies in `runs`, pairs of (first block, blocks) in order of
     position. `samples` says that a token is wanted after the last one. `params` comes with a request's first row of
     an epoch and tells the last stage to start its history in `slot` anew; `prompt` is then the length of the prompt.
-    `allowed`, if it is not empty, has a bit for each token, the lowest first: whether it may be sampled.
+    `allowed`, if it is not empty, has a bit for each token, the lowest first: whether it may be sampled. `copies`,
+    first blocks from and to and how many, are the KV of others that it begins with: they are made before the step.
     """
 
     request: int
@@ -298,6 +299,7 @@ class Row:
     params: SamplingParams | None = None
     prompt: int = 0
     allowed: bytes = b""
+    copies: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def stop(self) -> int:

@@ -66,6 +66,7 @@ RULES: dict[str, Rule] = {
     "engine.prompt_chunk": _within(1, 65536),
     "engine.block_tokens": _within(1, 1024),
     "engine.kv_tokens": _at_least(1),
+    "engine.prefix_tokens": _at_least(0),
     "engine.steps_in_flight": _at_least(1),
     "serve.port": _within(0, 65535),
     "serve.max_body_bytes": _within(1024, 2**30),

@@ -128,6 +128,18 @@ def test_a_cache_has_the_layers_shapes() -> None:
         cache[0]
 
 
+def test_copies_are_made_in_their_order() -> None:
+    cache = KVCache({0: KVShape(2, 3, 3), 1: KVShape(1, 4, 2)}, tokens=24, dtype=torch.float32, device=CPU)
+    for layer in (0, 1):
+        for part in cache[layer]:
+            part.copy_(torch.arange(24.0)[None, :, None].expand_as(part))
+    cache.copy([(0, 3, 2), (5, 0, 1)], block_tokens=4)
+    expected = [20, 21, 22, 23, *range(4, 12), *range(8), *range(20, 24)]
+    for layer in (0, 1):
+        for part in cache[layer]:
+            assert part[-1, :, -1].tolist() == expected
+
+
 def test_no_memory_for_keys_and_values() -> None:
     """More than the address space of any machine of today."""
     shapes = dict.fromkeys(range(2), KVShape(2, 16, 8))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distllm.core import MOST_BIASES, MOST_LOGPROBS, Logprob, Row, SamplingParams, Step
+from distllm.core import MOST_BIASES, MOST_COPIES, MOST_LOGPROBS, Logprob, Row, SamplingParams, Step
 from distllm.net.frame import Frame, Kind, StageTime, decode, encode, largest_bytes
 
 whole = st.integers(0, 2**40)
@@ -34,6 +36,7 @@ rows = st.builds(
     samples=st.booleans(),
     params=st.none(),
     allowed=st.sampled_from([b"", b"\x05\xff\x00", b"\x01" * 64]),
+    copies=st.lists(st.tuples(whole, whole, whole), max_size=MOST_COPIES).map(tuple),
 ) | st.builds(
     Row,
     request=whole,
@@ -82,6 +85,7 @@ def test_a_step_comes_out_as_it_went_in(
 def test_the_largest_parameters_and_results_have_room() -> None:
     bias = dict.fromkeys(range(MOST_BIASES), -1.5)
     row = Row(1, 0, 0, (5,), ((0, 1),), True, SamplingParams(seed=0, logit_bias=bias), 1, b"allowed")
+    row = replace(row, copies=((1, 2, 3),) * MOST_COPIES)
     likely = Logprob(5, -0.5, tuple((token, -float(token)) for token in range(MOST_LOGPROBS)))
     room = torch.empty(
         largest_bytes(rows=3, tokens=3, runs=3, stages=1, width=0, item_bytes=2, mask_bytes=7), dtype=torch.uint8

@@ -202,6 +202,26 @@ def test_a_replayed_answer_goes_on_as_before(model_of: Callable[[str], Model]) -
 # What a stage gives back
 
 
+@pytest.mark.parametrize("split", ["whole", "2+2+1"])
+def test_a_copied_beginning_is_as_good_as_a_computed_one(split: str, model_of: Callable[[str], Model]) -> None:
+    *before, last = model_of("llama").pipeline(SPLITS[split])
+    params = replace(GREEDY, logprobs=5)
+    tokens = prompt(3 * BLOCK)
+
+    def told(step: Step) -> list[float]:
+        hidden = None
+        for runner in before:
+            hidden = runner.run(step, hidden).tensor
+        ((_, logprob),) = last.run(step, hidden).logprobs
+        return [likely for _, likely in logprob.top]
+
+    wanted = told(Step(0, (Row(0, 0, 0, tokens, ((4, 3),), True, params),)))
+    told(Step(1, (Row(1, 1, 0, (*tokens[: 2 * BLOCK], 9, 9), ((0, 3),), True, params),)))
+    row = Row(2, 2, 2 * BLOCK, tokens[2 * BLOCK :], ((8, 1), (7, 1), (9, 1)), True, params)
+    assert told(Step(2, (replace(row, copies=((0, 8, 1), (1, 7, 1))),))) == pytest.approx(wanted)
+    assert told(Step(3, (replace(row, copies=((0, 8, 1), (0, 7, 1))),))) != pytest.approx(wanted), "it should matter"
+
+
 def test_a_step_without_samples_gives_no_tokens(model_of: Callable[[str], Model]) -> None:
     runners = model_of("llama").pipeline(SPLITS["2+2+1"])
     step = Step(0, (jobs_of()[1].row(), jobs_of()[2].row()))

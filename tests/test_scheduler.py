@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -31,45 +31,59 @@ def expected_answer(request: Request, limit: int) -> tuple[list[int], str]:
             return answer, "length"
 
 
-def request(name: int, prompt: int = 4, max_tokens: int = 8, *, eos: bool = False) -> Request:
-    tokens = tuple((name + place) % 23 for place in range(prompt))
+def request(name: int, prompt: int = 4, max_tokens: int = 8, *, eos: bool = False, first: int | None = None) -> Request:
+    """One whose prompt starts with the token `first`, by default its name: those with the same one begin alike."""
+    tokens = tuple(((name if first is None else first) + place) % 23 for place in range(prompt))
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=not eos)
     return Request(id=name, tokens=tokens, params=params, eos_ids=frozenset({EOS}))
 
 
 @dataclass
 class Stages:
-    """All stages as one: KV by place, and the last stage's history by slot. Frames come in the order of the steps."""
+    """All stages as one: KV by place, and the last stage's history by slot. Frames come in the order of the steps.
+
+    KV is of a token and of all before it, whoever they are of.
+    """
 
     block_tokens: int
-    kv: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
+    kv: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     histories: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
 
     def run(self, step: Step) -> list[int]:
         assert len({row.request for row in step.rows}) == len(step.rows)
         assert len({row.slot for row in step.rows}) == len(step.rows)
+        self._copy([copy for row in step.rows for copy in row.copies])
         return [token for row in step.rows for token in self._run_row(row)]
 
+    def _copy(self, copies: list[tuple[int, int, int]]) -> None:
+        moves = [
+            ((source + i, offset), (target + i, offset))
+            for source, target, count in copies
+            for i in range(count)
+            for offset in range(self.block_tokens)
+        ]
+        for source, target in moves:
+            self.kv[target] = self.kv[source]
+
     def _run_row(self, row: Row) -> list[int]:
-        assert (row.params is not None) == (row.start == 0), "parameters come with the first row, and only then"
+        places = self._places(row)
         if row.params is not None:
-            self.histories[row.slot] = (row.request, [])
+            self.histories[row.slot] = (row.request, [self.kv[place][-1] for place in places[: row.start]])
         owner, history = self.histories[row.slot]
-        assert owner == row.request, "the slot is another request's"
+        assert owner == row.request, "the slot is another request's, or parameters did not come with its first row"
         assert row.start == len(history), "positions are not contiguous"
         assert row.tokens
-        places = self._places(row)
-        for position, token in enumerate(history):
-            assert self.kv[places[position]] == (row.request, position, token), "KV was overwritten"
+        for position in range(len(history)):
+            assert self.kv[places[position]] == tuple(history[: position + 1]), "KV is of something else"
         history.extend(row.tokens)
         for position in range(row.start, row.stop):
-            self.kv[places[position]] = (row.request, position, history[position])
+            self.kv[places[position]] = tuple(history[: position + 1])
         return [fake_token(row.request, history)] if row.samples else []
 
     def _places(self, row: Row) -> list[tuple[int, int]]:
         blocks = [block for first, count in row.runs for block in range(first, first + count)]
         assert len(set(blocks)) == len(blocks)
-        assert len(blocks) == -(-row.stop // self.block_tokens), "runs are the blocks of [0, stop), no more"
+        assert len(blocks) >= -(-row.stop // self.block_tokens), "runs are the blocks of [0, stop)"
         return [(block, offset) for block in blocks for offset in range(self.block_tokens)]
 
 
@@ -85,9 +99,10 @@ class Job:
         chunk: int = 16,
         flights: int = 2,
         context: int = 1000,
+        prefixes: int = 0,
     ) -> None:
         self.pool = BlockPool(blocks)
-        self.max_requests, self.chunk, self.flights = max_requests, chunk, flights
+        self.max_requests, self.chunk, self.flights, self.prefixes = max_requests, chunk, flights, prefixes
         self.limit = min(context, blocks * block_tokens)
         self.scheduler = Scheduler(
             self.pool,
@@ -96,6 +111,7 @@ class Job:
             prompt_chunk=chunk,
             steps_in_flight=flights,
             context_length=context,
+            prefix_blocks=prefixes,
         )
         self.stages = Stages(block_tokens)
         self.under_way: deque[tuple[Step, list[int]]] = deque()
@@ -138,16 +154,17 @@ class Job:
             known = [*self.requests[row.request].tokens, *self.answers[row.request]]
             assert list(row.tokens) == known[row.start : row.stop]
             assert row.samples == (row.stop == len(known))
-            if row.start == 0 and self.answers[row.request]:
+            if row.params is not None and self.answers[row.request]:
                 self.preempted.add(row.request)
         self._check_blocks()
 
     def _check_blocks(self) -> None:
-        live = {name: self.pool.runs(name) for name in self.requests}
+        live = {name: self.pool.runs(name) for name in self.requests if name not in self.reasons}
         blocks = [block for runs in live.values() for first, count in runs for block in range(first, first + count)]
         assert len(blocks) == len(set(blocks)) == self.scheduler.kv_blocks_used
         assert all(0 <= block < self.pool.blocks for block in blocks)
-        assert not [name for name in self.reasons if live[name]], "an ended request has blocks"
+        kept = self.scheduler.kv_blocks_kept
+        assert self.pool.used - len(blocks) == kept <= self.prefixes, "an ended request has blocks"
         moving = {row.request for step, _ in self.under_way for row in step.rows} - set(self.reasons)
         assert all(live[name] for name in moving), "a request in flight lost its blocks"
 
@@ -189,7 +206,7 @@ class Job:
     def check_end(self) -> None:
         assert not self.scheduler.has_work
         assert (self.scheduler.running, self.scheduler.waiting) == (0, 0)
-        assert self.pool.free == self.pool.blocks
+        assert self.pool.free + self.scheduler.kv_blocks_kept == self.pool.blocks
         for name, item in self.requests.items():
             answer, reason = expected_answer(item, self.limit)
             if self.reasons[name] == "cancelled":
@@ -206,16 +223,20 @@ jobs = st.builds(
     chunk=st.integers(1, 20),
     flights=st.integers(1, 4),
     context=st.integers(12, 60),
+    prefixes=st.sampled_from([0, 1, 4, 100]),
 )
 
 
 @settings(deadline=None, max_examples=250)
-@given(job=jobs, count=st.integers(1, 14), trouble=st.booleans(), seed=st.integers(0, 2**32))
-def test_every_request_ends_with_its_own_tokens(job: Job, count: int, trouble: bool, seed: int) -> None:
+@given(job=jobs, count=st.integers(1, 14), trouble=st.booleans(), kinds=st.integers(0, 3), seed=st.integers(0, 2**32))
+def test_every_request_ends_with_its_own_tokens(job: Job, count: int, trouble: bool, kinds: int, seed: int) -> None:
     dice = random.Random(seed)
     longest = min(job.limit - 1, 30)
     queue = [
-        request(name, dice.randint(1, longest), dice.randint(1, 30), eos=dice.random() < 0.5) for name in range(count)
+        request(
+            name, dice.randint(1, longest), dice.randint(1, 30), eos=dice.random() < 0.5, first=dice.randint(0, kinds)
+        )
+        for name in range(count)
     ]
     while queue or job.scheduler.has_work:
         move = dice.random()
@@ -464,3 +485,111 @@ def test_steps_come_home_in_order() -> None:
     job.fill()
     with pytest.raises(AssertionError, match="step 2 before step 1"):
         job.scheduler.commit(2, [5])
+
+
+def alike(*prompts: int, max_tokens: int = 4) -> list[Request]:
+    """Requests whose prompts begin with the same tokens."""
+    return [request(name, prompt, max_tokens, first=0) for name, prompt in enumerate(prompts)]
+
+
+def starts(job: Job) -> dict[int, int]:
+    """Where the first row of each request starts, in all steps that are under way."""
+    return {row.request: row.start for step, _ in job.under_way for row in step.rows if row.params is not None}
+
+
+def test_a_prompt_goes_on_where_an_ended_request_began_alike() -> None:
+    job = Job(prefixes=20)
+    first, second = alike(24, 30)
+    job.add(first)
+    job.run_out()
+    assert job.scheduler.kv_blocks_kept == 6, "24 + 4 tokens, the last of which has no KV"
+    job.add(second)
+    step = job.step()
+    assert step is not None
+    assert [(row.start, row.copies) for row in step.rows] == [(24, ())], "little would be left: it takes all over"
+    assert (job.scheduler.prefix_hits, job.scheduler.prefix_tokens) == (1, 24)
+    job.run_out()
+
+
+def test_a_prompt_copies_what_it_has_in_common_with_others() -> None:
+    job = Job(prefixes=20)
+    first, second, third = alike(40, 18, 18, max_tokens=1)
+    job.add(first)
+    job.run_out()
+    job.add(second, third)
+    step = job.step()
+    assert step is not None
+    assert [(row.start, sum(count for *_, count in row.copies)) for row in step.rows] == [(16, 4), (16, 4)]
+    job.run_out()
+    assert job.scheduler.kv_blocks_kept == 10, "what others begin with is kept once"
+
+
+def test_requests_that_begin_alike_at_once_compute_it_once() -> None:
+    job = Job(chunk=16, flights=3)
+    sharing = Job(chunk=16, flights=3, prefixes=20)
+    for each in (job, sharing):
+        each.add(*alike(40, 42, 44), request(7, prompt=6))
+        computed = 0
+        for _ in range(200):
+            each.fill()
+            if not each.under_way:
+                break
+            computed += each.under_way[0][0].tokens
+            each.commit()
+        each.check_end()
+        assert each.scheduler.prefix_tokens == (40 + 40 if each is sharing else 0)
+        answers = 3 * 3 + 7  # the last token of each is not computed
+        assert computed == 40 + 42 + 44 + 6 + answers - each.scheduler.prefix_tokens
+
+
+def test_who_waits_for_a_beginning_lets_others_pass() -> None:
+    job = Job(chunk=16, flights=2, prefixes=20)
+    job.add(*alike(40, 41), request(7, prompt=6))
+    job.fill()
+    assert [[row.request for row in step.rows] for step, _ in job.under_way] == [[0], [7]]
+    job.run_out()
+    assert job.scheduler.prefix_hits == 1
+
+
+def test_what_is_kept_gives_way_to_those_who_run() -> None:
+    job = Job(blocks=8, prefixes=8, flights=1)
+    job.add(request(0, prompt=20, max_tokens=4))
+    job.run_out()
+    assert job.scheduler.kv_blocks_kept == 5
+    job.add(request(1, prompt=28, max_tokens=4))
+    job.run_out()
+    assert not job.preempted
+    assert job.scheduler.kv_blocks_kept == 7
+
+
+def test_what_was_used_last_is_kept_longest() -> None:
+    job = Job(prefixes=10, flights=1)
+    for name, first in enumerate((0, 5, 0, 9, 0, 5)):
+        job.add(request(name, prompt=16, max_tokens=4, first=first))
+        hits = job.scheduler.prefix_hits
+        job.run_out()
+        assert job.scheduler.prefix_hits - hits == (name in (2, 4)), "two beginnings have room: 5 gave way to 9"
+
+
+def test_penalties_need_every_token_to_pass() -> None:
+    job = Job(prefixes=20)
+    first, second = alike(24, 30)
+    job.add(first)
+    job.run_out()
+    job.add(replace(second, params=replace(second.params, presence_penalty=0.5)))
+    job.fill()
+    assert starts(job) == {1: 0}
+    job.run_out()
+
+
+def test_nothing_is_kept_over_a_rewind() -> None:
+    job = Job(prefixes=20)
+    first, second = alike(24, 30)
+    job.add(first)
+    job.run_out()
+    job.add(second)
+    job.rewind()
+    assert job.scheduler.kv_blocks_kept == 0
+    job.fill()
+    assert starts(job) == {1: 0}
+    job.run_out()

@@ -174,4 +174,9 @@ def _scheduler(job: Job, pipeline: Pipeline) -> Scheduler:
         prompt_chunk=engine.prompt_chunk,
         steps_in_flight=pipeline.steps_in_flight,
         context_length=job.sizes.context_length,
+        prefix_blocks=_prefix_tokens(engine.prefix_tokens, pipeline.kv_tokens) // engine.block_tokens,
     )
+
+
+def _prefix_tokens(wanted: int | None, kv_tokens: int) -> int:
+    return kv_tokens // 4 if wanted is None else wanted

@@ -83,7 +83,11 @@ class Master:
         scheduler = self._scheduler
         return {
             "requests": scheduler.waiting + scheduler.running,
+            "kv_blocks": self.pipeline.kv_blocks,
             "kv_blocks_used": scheduler.kv_blocks_used,
+            "kv_blocks_kept": scheduler.kv_blocks_kept,
+            "prefix_hits": scheduler.prefix_hits,
+            "prefix_tokens": scheduler.prefix_tokens,
             "preemptions": scheduler.preemptions,
         }
 

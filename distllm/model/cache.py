@@ -5,7 +5,7 @@ Shapes: T packed tokens, N tokens of room, G KV heads, K head size. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,15 @@ class KVCache:
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._layers[layer]
+
+    def copy(self, copies: Sequence[tuple[int, int, int]], block_tokens: int) -> None:
+        """Copies blocks of all layers, one after the other: first blocks from and to, and how many."""
+        spans = [
+            (source * block_tokens, target * block_tokens, count * block_tokens) for source, target, count in copies
+        ]
+        for storage_GNK in (storage for layer in self._layers.values() for storage in layer):
+            for source, target, count in spans:
+                storage_GNK[:, target : target + count] = storage_GNK[:, source : source + count]
 
     @property
     def nbytes(self) -> int:

@@ -57,6 +57,7 @@ class Runner:
 
     def _run(self, step: Step, hidden_TD: torch.Tensor | None) -> Result:
         began = time.perf_counter()
+        self.cache.copy([copy for row in step.rows for copy in row.copies], self._block_tokens)
         layout = Layout.of(step, self._block_tokens, self.device)
         inputs = self._tokens(step) if hidden_TD is None else hidden_TD.to(self.device)
         if self._sampler is None:

@@ -16,12 +16,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 
-from distllm.core import MOST_BIASES, MOST_LOGPROBS, Logprob, Row, SamplingParams, Step
+from distllm.core import MOST_BIASES, MOST_COPIES, MOST_LOGPROBS, Logprob, Row, SamplingParams, Step
 
 HEAD = 8
+ROW = 9
 ALIGN = 64
 PARAMS = struct.Struct("<ddddddqqqqq")
 PARAMS_WORDS = PARAMS.size // 8 + 2 * MOST_BIASES
@@ -66,7 +68,8 @@ def largest_bytes(
     *, rows: int, tokens: int, runs: int, stages: int, width: int, item_bytes: int, mask_bytes: int
 ) -> int:
     """The size of the largest frame of an epoch: that many rows, tokens and runs of blocks in one step."""
-    integers = HEAD + rows * (8 + max(PARAMS_WORDS, LOGPROB_WORDS)) + tokens + 2 * runs + 3 * stages
+    row = max(ROW + 3 * MOST_COPIES + PARAMS_WORDS, LOGPROB_WORDS)
+    integers = HEAD + rows * row + tokens + 2 * runs + 3 * stages
     return integers * 8 + rows * mask_bytes + 2 * ALIGN + tokens * width * item_bytes
 
 
@@ -148,8 +151,10 @@ def _table(rows: Sequence[Row]) -> Iterator[int]:
             row.samples,
             row.params is not None,
             len(row.allowed),
+            len(row.copies),
         )
         yield from (number for run in row.runs for number in run)
+        yield from (number for copy in row.copies for number in copy)
         yield from row.tokens
         if row.params is not None:
             yield from _params_as_integers(row.params, row.prompt)
@@ -158,20 +163,25 @@ def _table(rows: Sequence[Row]) -> Iterator[int]:
 def _rows(table: Sequence[int], masks: bytes) -> Iterator[Row]:
     at = masked = 0
     while at < len(table):
-        request, slot, start, tokens, runs, samples, has_params, mask_bytes = table[at : at + 8]
-        at += 8
-        flat = table[at : at + 2 * runs]
+        request, slot, start, tokens, runs, samples, has_params, mask_bytes, copied = table[at : at + ROW]
+        at += ROW
+        blocks = _grouped(table[at : at + 2 * runs], 2)
         at += 2 * runs
+        copies = _grouped(table[at : at + 3 * copied], 3)
+        at += 3 * copied
         ids = tuple(table[at : at + tokens])
         at += tokens
         params, prompt = None, 0
         if has_params:
             params, prompt, words = _params_from_integers(table[at : at + PARAMS_WORDS])
             at += words
-        blocks = tuple(zip(flat[::2], flat[1::2], strict=True))
         allowed = masks[masked : masked + mask_bytes]
         masked += mask_bytes
-        yield Row(request, slot, start, ids, blocks, bool(samples), params, prompt, allowed)
+        yield Row(request, slot, start, ids, blocks, bool(samples), params, prompt, allowed, copies)
+
+
+def _grouped(integers: Sequence[int], size: int) -> tuple[Any, ...]:
+    return tuple(zip(*(integers[place::size] for place in range(size)), strict=True))
 
 
 def _params_as_integers(params: SamplingParams, prompt: int) -> Iterator[int]:

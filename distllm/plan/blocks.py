@@ -7,6 +7,7 @@ Knows only counts and block numbers; not what a block stores, nor why an owner w
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 Run = tuple[int, int]
@@ -46,8 +47,7 @@ class BlockPool:
     whole expected length fits, and not into the blocks that others expect to grow into. That is a preference: `take`
     never refuses blocks that are free.
 
-    The cost of every call grows with the number of owners and gaps, not of blocks. One block has one owner today; all
-    blocks come back through `_give_back`, where a count of owners would be looked at.
+    The cost of every call grows with the number of owners and gaps, not of blocks. One block has one owner.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -92,6 +92,39 @@ class BlockPool:
         holding = self._holdings.pop(owner, None)
         for run in holding.runs if holding else ():
             self._give_back(*run)
+
+    def trim(self, owner: int, blocks: int) -> None:
+        """Frees all blocks of an owner but the first ones; it expects no more."""
+        holding = self._holdings[owner]
+        while holding.blocks > blocks:
+            first, length = holding.runs.pop()
+            cut = min(length, holding.blocks - blocks)
+            if cut < length:
+                holding.runs.append((first, length - cut))
+            holding.blocks -= cut
+            self._give_back(first + length - cut, cut)
+        holding.expected = blocks
+
+    def rename(self, owner: int, name: int) -> None:
+        """An owner's blocks are those of another, who has none."""
+        assert name not in self._holdings, "who takes over blocks has none"
+        self._holdings[name] = self._holdings.pop(owner)
+
+    def behind(self, owner: int, count: int) -> int | None:
+        """Who has the first block that is not free of the `count` ones behind an owner's last; None if all are."""
+        tail = self._holdings[owner].tail
+        runs = ((first, other) for other, holding in self._holdings.items() for first, _ in holding.runs)
+        return min(((first, other) for first, other in runs if tail <= first < tail + count), default=(0, None))[1]
+
+    def widest(self, without: Iterable[int] = ()) -> int:
+        """The most blocks in one run that are free, or would be without some owners."""
+        runs = sorted([*self._gaps, *(run for owner in without for run in self._holdings[owner].runs)])
+        widest = length = end = 0
+        for first, count in runs:
+            length = length + count if first == end else count
+            end = first + count
+            widest = max(widest, length)
+        return widest
 
     def _at_tail(self, holding: Holding) -> Run | None:
         """The gap right behind an owner's last run."""

@@ -7,7 +7,8 @@ from younger requests, and the oldest that was refused blocks has the first clai
 before it. So the oldest request of all is never preempted once it is admitted, and nobody else is admitted before it.
 When no step is in flight it is the first decode row, or there is a decode row, or it is the first prompt row with a
 whole chunk to itself; and it can have every block of the pool, which `add` has checked to be enough. Hence a step
-comes out, every step brings its requests forward, and each request's length is bounded.
+comes out, every step brings its requests forward, and each request's length is bounded. KV that is kept of requests
+that have ended stands in nobody's way, and who waits for what an older request is about to have is not the oldest.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distllm.core import FinishReason, Request, Row, Step
+from distllm.core import MOST_COPIES, FinishReason, Request, Row, Step
 from distllm.plan.blocks import BlockPool
+from distllm.plan.prefixes import Prefixes
+from distllm.plan.underway import Underway
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,59 +34,7 @@ class Commit:
     finish_reason: FinishReason | None
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One request under way: `tokens` are its prompt and what it generated, the first `cached` have KV (or will,
-    once the steps in flight are through)."""
-
-    request: Request
-    age: int
-    tokens: list[int]
-    cached: int = 0
-    slot: int | None = None
-    in_flight: bool = False
-    ended: bool = False
-
-    @property
-    def known(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def remaining(self) -> int:
-        """Known tokens that have no KV yet."""
-        return len(self.tokens) - self.cached
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.tokens)
-
-    @property
-    def decodes(self) -> bool:
-        return self.cached > 0 and self.remaining == 1
-
-    @property
-    def longest(self) -> int:
-        """Most tokens that ever have KV: the last one sampled has none."""
-        return len(self.request.tokens) + self.request.params.max_tokens - 1
-
-    def row(self, count: int, runs: tuple[tuple[int, int], ...]) -> Row:
-        """The next `count` tokens as a row, which is now in flight."""
-        assert self.slot is not None, "only admitted requests have rows"
-        assert not self.in_flight, "a request is in one step at a time"
-        start, self.cached, self.in_flight = self.cached, self.cached + count, True
-        return Row(
-            request=self.request.id,
-            slot=self.slot,
-            start=start,
-            tokens=tuple(self.tokens[start : self.cached]),
-            runs=runs,
-            samples=self.remaining == 0,
-            params=self.request.params if start == 0 else None,
-            prompt=len(self.request.tokens) if start == 0 else 0,
-        )
-
-
-def _age(job: _Job) -> int:
+def _age(job: Underway) -> int:
     return job.age
 
 
@@ -97,6 +48,8 @@ class Scheduler:
         prompt_chunk: most tokens of a step that has prompt rows.
         steps_in_flight: most steps at once.
         context_length: most tokens of a request, prompt and answer.
+        prefix_blocks: most blocks to keep of requests that have ended, for those that begin alike; with 0 no request
+            uses another's KV.
     """
 
     def __init__(
@@ -108,22 +61,26 @@ class Scheduler:
         prompt_chunk: int,
         steps_in_flight: int,
         context_length: int,
+        prefix_blocks: int = 0,
     ) -> None:
         assert min(block_tokens, max_requests, steps_in_flight) >= 1, "sizes are 1 or more"
         self._pool = pool
+        self._prefixes = Prefixes(pool, block_tokens, prefix_blocks, self._computed)
         self._block_tokens = block_tokens
         self._steps_in_flight = steps_in_flight
         self._context_length = context_length
         self._max_requests = max_requests
         self._slots = list(range(max_requests))  # a heap of free ones
-        self._waiting: deque[_Job] = deque()  # by age, as is _running
-        self._running: list[_Job] = []
-        self._jobs: dict[int, _Job] = {}
-        self._flights: deque[tuple[Step, tuple[_Job, ...]]] = deque()
-        self._claim: _Job | None = None  # the oldest that was refused blocks
+        self._waiting: deque[Underway] = deque()  # by age, as is _running
+        self._running: list[Underway] = []
+        self._jobs: dict[int, Underway] = {}
+        self._flights: deque[tuple[Step, tuple[Underway, ...]]] = deque()
+        self._claim: Underway | None = None  # the oldest that was refused blocks
         self._next_age = 0
         self._next_step = 0
         self.preemptions = 0
+        self.prefix_hits = 0
+        self.prefix_tokens = 0
         self.set_prompt_chunk(prompt_chunk)
 
     @property
@@ -141,7 +98,13 @@ class Scheduler:
 
     @property
     def kv_blocks_used(self) -> int:
-        return self._pool.used
+        """Of requests that run."""
+        return self._pool.used - self._prefixes.kept_blocks
+
+    @property
+    def kv_blocks_kept(self) -> int:
+        """Of requests that have ended."""
+        return self._prefixes.kept_blocks
 
     def set_prompt_chunk(self, tokens: int) -> None:
         assert tokens >= 1, "a chunk is 1 token or more"
@@ -161,7 +124,7 @@ class Scheduler:
                 f"the prompt has {request.known} tokens and needs KV room for one more, but there is room for "
                 f"{self._pool_tokens} tokens in all: shorten the prompt, raise engine.kv_tokens or add memory"
             )
-        job = _Job(request, self._next_age, [*request.tokens, *request.generated])
+        job = Underway(request, self._next_age, [*request.tokens, *request.generated])
         self._next_age += 1
         self._jobs[request.id] = job
         self._waiting.append(job)
@@ -203,7 +166,8 @@ class Scheduler:
     def finish(self, request_id: int) -> None:
         """Ends a request now, wherever it is; one that has ended already is no mistake.
 
-        Its blocks and slot may be used at once even while it is in flight: frames pass every stage in order.
+        Its blocks and slot may be used at once even while it is in flight: frames pass every stage in order. Its KV is
+        kept, if it is worth it, until others need its blocks.
         """
         job = self._jobs.get(request_id)
         if job is not None:
@@ -221,10 +185,12 @@ class Scheduler:
         """
         for job in tuple(self._running):
             self._preempt(job)
+        self._prefixes.clear()
         self._flights.clear()
         for job in self._waiting:
             job.in_flight = False
         self._pool = pool or self._pool
+        self._prefixes = self._prefixes.onto(self._pool)
         self._steps_in_flight = steps_in_flight or self._steps_in_flight
         assert self._pool.used == 0, "blocks without an owner"
         lost = [job for job in self._waiting if job.known > self._pool_tokens]
@@ -244,42 +210,92 @@ class Scheduler:
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
-    def _give_rows(self, jobs: Iterator[_Job], budget: int) -> list[tuple[_Job, Row]]:
+    @property
+    def _free(self) -> int:
+        """Blocks that a request can have without harm to others."""
+        return self._pool.free + self._prefixes.kept_blocks
+
+    def _give_rows(self, jobs: Iterator[Underway], budget: int) -> list[tuple[Underway, Row]]:
         """A row for each job that gets blocks, of `budget` tokens in all."""
-        given: list[tuple[_Job, Row]] = []
+        given: list[tuple[Underway, Row]] = []
         while budget > 0 and (job := next(jobs, None)) is not None:
-            count = min(budget, job.remaining)
-            if job.slot is not None and self._reserve(job, job.cached + count):
-                given.append((job, job.row(count, self._pool.runs(job.request.id))))
-                budget -= count
+            row = None if job.slot is None else self._row(job, budget)
+            if row is not None:
+                given.append((job, row))
+                budget -= len(row.tokens)
         return given
 
-    def _prompting(self) -> Iterator[_Job]:
+    def _row(self, job: Underway, budget: int) -> Row | None:
+        """At most `budget` further tokens of a job; None if there are no blocks for them."""
+        donor, alike = self._donor(job)
+        if donor is not None and self._prefixes.may_adopt(donor, alike, needed=self._blocks(job.known)):
+            self._prefixes.adopt(donor, job.request.id, alike)
+            self._reuse(job, alike)
+            donor, alike = None, 0
+        stop = min(max(job.cached, alike * self._block_tokens) + budget, job.known)
+        if not self._reserve(job, stop):
+            return None
+        copies: tuple[tuple[int, int, int], ...] = ()
+        if donor is not None and self._prefixes.has(donor) >= alike:  # it may just have lost its blocks to this one
+            copies = self._prefixes.copies(donor, job.request.id, alike)
+        if 0 < len(copies) <= MOST_COPIES:
+            self._reuse(job, alike)
+        else:
+            copies, stop = (), min(job.cached + budget, job.known)
+        return job.row(self._next_step, stop, self._pool.runs(job.request.id), copies)
+
+    def _donor(self, job: Underway) -> tuple[int | None, int]:
+        """Whose KV a job can begin with, and how many blocks of it; the last token that it knows is always computed,
+        since the next one comes of it."""
+        if job.cached or not job.may_reuse:
+            return None, 0
+        return self._prefixes.best(job.tokens[:-1])
+
+    def _reuse(self, job: Underway, blocks: int) -> None:
+        job.cached = blocks * self._block_tokens
+        self.prefix_hits += 1
+        self.prefix_tokens += job.cached
+
+    def _computed(self, name: int) -> int:
+        """Tokens of a running request that have KV when the step begins that is being made."""
+        job = self._jobs[name]
+        return job.before if job.latest == self._next_step else job.cached
+
+    def _expects(self, job: Underway) -> bool:
+        """Whether an older request is about to have more of what a job begins with than anybody has."""
+        if not job.may_reuse:
+            return False
+        return self._prefixes.expects(job.tokens[:-1], lambda name: self._jobs[name].age < job.age)
+
+    def _prompting(self) -> Iterator[Underway]:
         """Running requests in the middle of their prompts, then new ones, each admitted when it is asked for."""
         yield from [job for job in self._running if not job.decodes and not job.in_flight]
         while (job := self._admit()) is not None:
             yield job
 
-    def _admit(self) -> _Job | None:
-        """Lets the first of the queue run if all that it knows has room, so that it is not preempted half way."""
-        if not self._waiting or len(self._running) >= self._max_requests:
+    def _admit(self) -> Underway | None:
+        """Lets the first of the queue run, of those that do not wait for a beginning, if all that it knows has room, so
+        that it is not preempted half way."""
+        if len(self._running) >= self._max_requests:
             return None
-        job = self._waiting[0]
-        if not self._may_take(job) or self._blocks(job.known) > self._pool.free:
+        job = next((job for job in self._waiting if not self._expects(job)), None)
+        if job is None or not self._may_take(job) or self._blocks(job.known) > self._free:
             return None
-        self._waiting.popleft()
+        self._waiting.remove(job)
+        self._prefixes.add(job.request.id, job.tokens)
         job.slot = heapq.heappop(self._slots)
         insort(self._running, job, key=_age)
         return job
 
-    def _may_take(self, job: _Job) -> bool:
+    def _may_take(self, job: Underway) -> bool:
         return self._claim is None or job.age <= self._claim.age
 
-    def _reserve(self, job: _Job, stop: int) -> bool:
+    def _reserve(self, job: Underway, stop: int) -> bool:
         """Sees to blocks for positions [0, stop), preempting younger requests if it must; False if there are none."""
-        count = self._blocks(stop) - self._pool.held(job.request.id)
+        count = max(0, self._blocks(stop) - self._pool.held(job.request.id))
         if count > 0 and not self._may_take(job):
             return False
+        self._prefixes.make_room(job.request.id, count, self._blocks(job.known))
         while count > self._pool.free:
             younger = (other for other in reversed(self._running) if other.age > job.age and not other.in_flight)
             victim = next(younger, None)
@@ -294,38 +310,40 @@ class Scheduler:
             self._claim = None
         return True
 
-    def _preempt(self, job: _Job) -> None:
+    def _preempt(self, job: Underway) -> None:
         """Forgets a request's KV, keeps its tokens, and puts it back to its place in the queue."""
-        self._release(job)
-        job.cached = 0
+        self._prefixes.release(job.request.id)
+        self._leave(job)
+        job.cached, job.begun = 0, False
         place = next((place for place, other in enumerate(self._waiting) if other.age > job.age), len(self._waiting))
         self._waiting.insert(place, job)
 
-    def _release(self, job: _Job) -> None:
-        assert job.slot is not None, "only running requests hold blocks"
-        self._pool.release(job.request.id)
+    def _leave(self, job: Underway) -> None:
+        """It does not run any more."""
+        assert job.slot is not None, "it runs"
         heapq.heappush(self._slots, job.slot)
         job.slot = None
         self._running.remove(job)
         if self._claim is job:
             self._claim = None
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Underway) -> None:
         job.ended = True
         del self._jobs[job.request.id]
         if job.slot is None:
             self._waiting.remove(job)
         else:
-            self._release(job)
+            self._prefixes.keep(job.request.id, job.tokens[: job.cached])
+            self._leave(job)
 
-    def _accept(self, job: _Job, token: int) -> Commit:
+    def _accept(self, job: Underway, token: int) -> Commit:
         job.tokens.append(token)
         reason = self._finish_reason(job, token)
         if reason is not None:
             self._end(job)
         return Commit(job.request.id, token, reason)
 
-    def _finish_reason(self, job: _Job, token: int) -> FinishReason | None:
+    def _finish_reason(self, job: Underway, token: int) -> FinishReason | None:
         params = job.request.params
         if token in job.request.eos_ids and not params.ignore_eos:
             return "stop"
