@@ -141,12 +141,16 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A bit of streamed text; the last one of a request has its finish reason."""
+    """A bit of streamed text; the last one of a request has its finish reason.
+
+    `reused` are tokens of the request that were not computed for it, since another one began alike.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     logprobs: tuple[Logprob, ...] = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)

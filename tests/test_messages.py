@@ -32,7 +32,7 @@ from distllm.serve.messages import (
         Ready(64),
         Taken("a/0", [1, 2], 2**63 - 1),
         Refused("a/0", "no"),
-        Grown("a/0", "text", [1], "stop", [[[[104], -0.25], [[[105], -1.5]]]]),  # type: ignore[list-item]
+        Grown("a/0", "text", [1], "stop", [[[[104], -0.25], [[[105], -1.5]]]], 16),  # type: ignore[list-item]
         Failed("a/0", "gone"),
         Told({"tokens": 1.5}),
     ],

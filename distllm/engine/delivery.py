@@ -38,7 +38,7 @@ class Delivery:
             texts = [self._stops.push(self._detokenizer.push(token))[0] for token in generated]
             self._sink(Piece("".join(texts), generated))
 
-    def push(self, token: int, reason: FinishReason | None, logprob: Logprob | None = None) -> bool:
+    def push(self, token: int, reason: FinishReason | None, logprob: Logprob | None = None, *, reused: int = 0) -> bool:
         """Takes the next token and hands on the text that is certain.
 
         Returns:
@@ -56,7 +56,7 @@ class Delivery:
         stopped = stopped or (ended and reason is None)
         if stopped:
             reason = "stop"
-        self._sink(Piece(text, (token,), reason, () if logprob is None else (logprob,)))
+        self._sink(Piece(text, (token,), reason, () if logprob is None else (logprob,), reused))
         return stopped
 
     def _finish(self, text: str) -> tuple[str, bool]:

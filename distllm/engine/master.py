@@ -250,7 +250,8 @@ class Master:
         logprobs = {sampled[place]: logprob for place, logprob in done.logprobs}
         for commit in self._scheduler.commit(done.step.id, done.tokens):
             delivery = self._deliveries[commit.request]
-            stopped = delivery.push(commit.token, commit.finish_reason, logprobs.get(commit.request))
+            logprob = logprobs.get(commit.request)
+            stopped = delivery.push(commit.token, commit.finish_reason, logprob, reused=commit.reused)
             if stopped:
                 self._scheduler.finish(commit.request)
             if stopped or commit.finish_reason is not None:

@@ -27,11 +27,15 @@ from distllm.plan.underway import Underway
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One new token of a request; the last one says why the request ended."""
+    """One new token of a request; the last one says why the request ended.
+
+    `reused` are tokens of the request that were not computed for it, since another one began alike.
+    """
 
     request: int
     token: int
     finish_reason: FinishReason | None
+    reused: int = 0
 
 
 def _age(job: Underway) -> int:
@@ -252,7 +256,7 @@ class Scheduler:
         return self._prefixes.best(job.tokens[:-1])
 
     def _reuse(self, job: Underway, blocks: int) -> None:
-        job.cached = blocks * self._block_tokens
+        job.cached = job.reused = blocks * self._block_tokens
         self.prefix_hits += 1
         self.prefix_tokens += job.cached
 
@@ -314,7 +318,7 @@ class Scheduler:
         """Forgets a request's KV, keeps its tokens, and puts it back to its place in the queue."""
         self._prefixes.release(job.request.id)
         self._leave(job)
-        job.cached, job.begun = 0, False
+        job.cached, job.reused, job.begun = 0, 0, False
         place = next((place for place, other in enumerate(self._waiting) if other.age > job.age), len(self._waiting))
         self._waiting.insert(place, job)
 
@@ -341,7 +345,7 @@ class Scheduler:
         reason = self._finish_reason(job, token)
         if reason is not None:
             self._end(job)
-        return Commit(job.request.id, token, reason)
+        return Commit(job.request.id, token, reason, job.reused)
 
     def _finish_reason(self, job: Underway, token: int) -> FinishReason | None:
         params = job.request.params

@@ -11,7 +11,7 @@ from distllm.plan.blocks import Run
 @dataclass(slots=True, eq=False)
 class Underway:
     """One request under way: `tokens` are its prompt and what it generated, the first `cached` have KV (or will,
-    once the steps in flight are through).
+    once the steps in flight are through), of which `reused` were another's.
 
     `begun` is whether it has had a row since it was admitted. When step `latest`, the last one that it was in, begins,
     its first `before` tokens have KV.
@@ -21,6 +21,7 @@ class Underway:
     age: int
     tokens: list[int]
     cached: int = 0
+    reused: int = 0
     slot: int | None = None
     in_flight: bool = False
     begun: bool = False

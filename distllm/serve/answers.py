@@ -52,11 +52,18 @@ class Answer:
         """The last chunk, for those that want to know what it took."""
         return self._body(self.chunk_object, []) | {"usage": self._usage(calls)}
 
-    def _usage(self, calls: Sequence[Call]) -> dict[str, int]:
+    def _usage(self, calls: Sequence[Call]) -> Json:
         """Tokens of the prompts, each counted once however many answers it has, and of the answers."""
-        prompt = sum(len(call.tokens or ()) for call in calls[:: self.about.choices])
+        asked = calls[:: self.about.choices]
+        prompt = sum(len(call.tokens or ()) for call in asked)
         completion = sum(call.known for call in calls)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached = sum(min(call.pieces[0].reused, len(call.tokens or ())) for call in asked if call.pieces)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def _body(self, kind: str, choices: list[Json]) -> Json:
         return {**self._head, "object": kind, "choices": choices}

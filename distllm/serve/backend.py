@@ -169,7 +169,7 @@ class Backend:
                 self._forget(ask.call)
             if isinstance(piece, Piece):
                 likely = [self._likely(each) for each in piece.logprobs]
-                self._pipe.send(Grown(ask.call, piece.text, piece.token_ids, piece.finish_reason, likely))
+                self._pipe.send(Grown(ask.call, piece.text, piece.token_ids, piece.finish_reason, likely, piece.reused))
             elif self._llm.failure is None:  # else the front will ask the next engine
                 self._pipe.send(Failed(ask.call, str(piece)))
 

@@ -80,7 +80,8 @@ Likely = tuple[Sequence[int], float]
 class Grown:
     """From rank 0: the answer goes on; the last piece says why it ends.
 
-    `logprobs` has for each token how likely it was, and the likeliest in its place.
+    `logprobs` has for each token how likely it was, and the likeliest in its place. `reused` are tokens of the prompt
+    that were not computed for it.
     """
 
     call: str
@@ -88,6 +89,7 @@ class Grown:
     tokens: Sequence[int]
     finish_reason: FinishReason | None = None
     logprobs: Sequence[tuple[Likely, Sequence[Likely]]] = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
