@@ -19,6 +19,7 @@ WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL = "transformers", "transformers-pp", "dist
 CHOICES = {
     "task": ("generate", "serve", "plan", *SHARD_TASKS, "bench"),
     "log_level": ("debug", "info", "warning", "error"),
+    "log_format": ("text", "json"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization.method": ("none", "int8", "int4", "bnb_int8", "bnb_nf4"),
     "quantization.head": ("auto", "none", "int8", "int4"),
@@ -192,6 +193,7 @@ class ServeConfig:
     tls_key: str | None = key(None, "file with its private key, if the other one has it not", text=True)
     max_body_bytes: int = key(4194304, "most bytes of a request")
     max_queue: int = key(256, "most answers that run or wait at once; who asks for more is told to come back")
+    request_timeout_s: float | None = key(600.0, "longest time that an answer may take; null for any")
     journal: str | None = key(
         None, "file of what is accepted and answered; by default one a port in ~/.local/state/distllm", text=True
     )
@@ -237,6 +239,7 @@ class Config:
         None, "file for the answers to prompts=, one JSON a line; by default standard output", text=True
     )
     log_level: str = key("info", "debug, info, warning or error")
+    log_format: str = key("text", "of what is logged on standard error: text, or json (an object a line)")
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

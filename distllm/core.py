@@ -16,6 +16,15 @@ FinishReason = Literal["stop", "length"]
 MOST_BIASES, MOST_LOGPROBS, MOST_COPIES = 300, 20, 16
 
 
+Fault = Literal["killed", "exited", "disconnected", "hung", "unreachable", "failed", "cannot_load", "link"]
+"""What can go wrong with a rank or a ring.
+
+The process was killed by a signal, exited, or closed its connection (that of somebody else, who does not tell why);
+stood still on a host that answers, or did not answer from another host; failed in its own code; could not load its
+part. Or the ring broke although every rank is well.
+"""
+
+
 class EngineError(RuntimeError):
     """The engine has ended and took the running requests with it; the message says who or what ended it."""
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "1"
 # Tokens of so short a time may have to be generated again, with the same result.
 FLUSH_S = 0.5
+SUFFIXES = ("", "-wal", "-shm")  # of the files that SQLite makes of one
 
 ABOUT = "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 TABLES = (
@@ -113,6 +114,12 @@ class JournalFile:
         self._failing = False
         return True
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes on disk."""
+        files = (self.path.with_name(self.path.name + suffix) for suffix in SUFFIXES)
+        return sum(file.stat().st_size for file in files if file.exists())
+
     def close(self) -> None:
         """Another process may go on with it."""
         if hasattr(self, "_file"):
@@ -121,7 +128,7 @@ class JournalFile:
     def remove(self) -> None:
         """It is not needed any more."""
         self._file.close()
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in SUFFIXES:
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from distllm import logs
 from distllm.compose import compose, help_text, split_arguments, yaml_of
 from distllm.config import SHARD_TASKS, Config
 from distllm.core import EngineError
@@ -84,7 +85,7 @@ def _lead(given: Sequence[str], front: Front | None) -> int:
         try:
             if (before := _concluded()) is not None:
                 return before
-            config = _configured(given)
+            config = _configured(given, front)
             told = config is not None and config.cluster.join is not None
             began = config is not None and not told
             if config is not None and began and config.task == "serve" and front is None:
@@ -182,7 +183,7 @@ def _verdict_behind(end: BaseException) -> EngineError | None:
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"distllm: error: {sentence}", file=sys.stderr)
+    logs.complain(sentence)
     return code
 
 
@@ -221,7 +222,7 @@ def _ignore_signals() -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def _configured(given: Sequence[str]) -> Config | None:
+def _configured(given: Sequence[str], front: Front | None) -> Config | None:
     """What to do; None if the words only asked to be shown something."""
     flags, overrides = split_arguments(given)
     if flags.help:
@@ -232,7 +233,8 @@ def _configured(given: Sequence[str]) -> Config | None:
         print(yaml_of(config), end="")
         return None
     validate(config)
-    _log_to_stderr(config.log_level, "")
+    is_no_rank_yet = config.cluster.join is not None or (config.task == "serve" and front is None)
+    logs.log_to_stderr(config.log_level, config.log_format, rank=None if is_no_rank_yet else 0)
     return config
 
 
@@ -389,7 +391,8 @@ def _serve(given: Sequence[str], rank: int) -> int:
             return 0
         config = compose(flags, overrides)
         validate(config)
-        _log_to_stderr("debug" if config.log_level == "debug" else "warning", f"rank {rank}: ")
+        level = "debug" if config.log_level == "debug" else "warning"
+        logs.log_to_stderr(level, config.log_format, rank=rank, prefix=f"rank {rank}: ")
         if config.cluster.join is None and config.task in ("bench", *SHARD_TASKS):
             return 0
         from distllm.llm import serve_here
@@ -398,11 +401,6 @@ def _serve(given: Sequence[str], rank: int) -> int:
     except (ValueError, OSError) as error:
         time.sleep(SILENCE_S)
         return _say(f"rank {rank}: {error}", 2)
-
-
-def _log_to_stderr(level: str, prefix: str) -> None:
-    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stderr)
-    logger.setLevel(level.upper())
 
 
 if __name__ == "__main__":

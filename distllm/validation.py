@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "serve.port": _within(0, 65535),
     "serve.max_body_bytes": _within(1024, 2**30),
     "serve.max_queue": _at_least(1),
+    "serve.request_timeout_s": _positive(DAY_S, " seconds"),
     "serve.keep_s": _within(0, 10**9, " seconds"),
     "serve.resume_s": _within(0, DAY_S, " seconds"),
     "serve.drain_s": _within(0, DAY_S, " seconds"),

@@ -40,6 +40,8 @@ def test_the_defaults_are_valid() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"task": "genrate"}, r"task=genrate: .*generate, serve, plan, shard, reconstruct, bench; did you mean generate\?"),
     ({"log_level": "loud"}, r"log_level=loud: .*debug, info, warning, error"),
+    ({"log_format": "xml"}, r"log_format=xml: .*text, json"),
+    ({"serve__request_timeout_s": 0}, r"serve\.request_timeout_s=0: .*more than 0 and at most 86400 seconds"),
     ({"model__dtype": "int8"}, r"model\.dtype=int8: .*auto, float32, bfloat16, float16"),
     ({"model__context_length": 1}, r"model\.context_length=1: .*at least 2"),
     ({"plan__strategy": "evn", "plan__layers": None}, r"plan\.strategy=evn: .*did you mean even\?"),
@@ -144,6 +146,7 @@ def test_a_rule_names_key_value_and_fix(values: dict[str, Any], sentence: str) -
         {"engine__max_requests": 4096},
         {"engine__steps_in_flight": 1},
         {"model__context_length": 2},
+        {"serve__request_timeout_s": None},
         {"task": "plan"},
         {"task": "bench"},
         {"task": "shard", "shard__output": "x", "shard__stages": 3},

@@ -20,9 +20,9 @@ MIDDLE = {"model", "plan", "net"}
 DOORS = {"", "llm", "run", "compose", "generate", "batch", "shards", "bench", "serve"}
 ALLOWED = (
     {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "journal": {"core"}, "grammars": set()}
-    | {"engine": NOUNS | MIDDLE}
+    | {"logs": set(), "engine": NOUNS | MIDDLE | {"logs"}}
     | dict.fromkeys(MIDDLE, NOUNS)
-    | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine", "journal", "grammars"} | DOORS)
+    | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine", "journal", "grammars", "logs"} | DOORS)
 )
 # Who must start fast, or is pure: no torch when these are imported.
 TORCHLESS = {
@@ -38,6 +38,7 @@ TORCHLESS = {
     "shards",
     "serve",
     "grammars",
+    "logs",
 }
 
 

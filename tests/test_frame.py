@@ -49,7 +49,7 @@ rows = st.builds(
     prompt=whole,
 )
 seconds = st.floats(0, 1e6)
-times = st.lists(st.builds(StageTime, wait=seconds, body=seconds, head=seconds), max_size=6).map(tuple)
+times = st.lists(st.builds(StageTime, wait=seconds, body=seconds, head=seconds, sent=whole), max_size=6).map(tuple)
 
 
 @settings(deadline=None, max_examples=60)
@@ -99,6 +99,6 @@ def test_the_largest_parameters_and_results_have_room() -> None:
 @pytest.mark.parametrize("kind", [Kind.TOKENS, Kind.PULSE, Kind.END])
 def test_results_and_signs_of_life(kind: Kind) -> None:
     tokens = (5, 0, 2**31) if kind is Kind.TOKENS else ()
-    frame = Frame(kind=kind, step=Step(3), tokens=tokens, times=(StageTime(0.5, 1.0, 0.25),))
+    frame = Frame(kind=kind, step=Step(3), tokens=tokens, times=(StageTime(0.5, 1.0, 0.25, 2**40),))
     out = decode(encode(frame, torch.empty(1024, dtype=torch.uint8)), torch.float32)
     assert out == frame

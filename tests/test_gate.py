@@ -63,7 +63,7 @@ def test_everybody_is_let_in_by_address_without_keys() -> None:
     ["", "Bearer", "Bearer wrong", f"Basic {FIRST}", f"Bearer {FIRST}x", f"Bearer {FIRST[:-1]}", "Bearer \xff", FIRST],
 )
 def test_who_has_no_key_is_refused(path: Path, given: str) -> None:
-    for url in ("/who", "/v1/models", "/v1/cluster", "/docs", "/nothing"):
+    for url in ("/who", "/v1/models", "/v1/cluster", "/metrics", "/docs", "/nothing"):
         answer = asked(gate(Keys(path)), url=url, headers={"Authorization": given.encode("latin-1")})
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"] == "Bearer"

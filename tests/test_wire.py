@@ -65,6 +65,7 @@ def test_frames_go_round_in_order(ring: Callable[..., list[Wire]]) -> None:
             home.append(int(wires[0].receive()[0]))
     home += [int(wires[0].receive()[0]) for _ in range(2)]
     assert home == list(range(10))
+    assert [wires[0].take_sent() for _ in range(2)] == [640, 0]
     for thread in others:
         thread.join(10)
         assert not thread.is_alive()

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from distllm.core import EngineError, Member
+from distllm.core import EngineError, Fault, Member
 from distllm.engine import host
 from distllm.engine.loading import Loaded
 from distllm.engine.local import LocalRanks
@@ -41,10 +41,14 @@ SUCCESSION_S = 20.0
 
 
 class Verdict(EngineError):
-    """Why a ring broke, or did not form; `lost` are the ranks without which the job has to go on, if it can."""
+    """Why a ring broke, or did not form: in words, and as kinds of faults.
 
-    def __init__(self, sentence: str, lost: Iterable[int] = ()) -> None:
+    `lost` are the ranks without which the job has to go on, if it can.
+    """
+
+    def __init__(self, sentence: str, *faults: Fault, lost: Iterable[int] = ()) -> None:
         super().__init__(sentence)
+        self.faults = faults
         self.lost = frozenset(lost)
 
 
@@ -301,12 +305,14 @@ class Cluster:
                 if status.epoch > epoch:
                     raise EngineError(f"{self.members[rank]} has an order of a newer epoch")
                 if status.failure:
-                    raise CannotLoad(f"{self.members[rank]}: {status.failure}", [rank])
+                    raise CannotLoad(f"{self.members[rank]}: {status.failure}", "cannot_load", lost=[rank])
                 if status.epoch == epoch and status.done:
                     waiting.discard(rank)
                 elif status.still_s > still_s:
                     raise Verdict(
-                        f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s", [rank]
+                        f"{self.members[rank]} stands still while {status.state} for {status.still_s:.0f} s",
+                        "hung",
+                        lost=[rank],
                     )
             seen(told)
             if waiting:
@@ -331,17 +337,28 @@ class Cluster:
         """What went wrong within the rank itself, if anything."""
         if not status.failure or status.ring_broke:
             return None
-        return Verdict(f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}", [rank])
+        sentence = f"{self.members[rank]} failed in {in_words(status.received)}: {status.failure}"
+        return Verdict(sentence, "failed", lost=[rank])
 
     def lost(self, silent: Mapping[int, PeerLost], finished: Mapping[int, int]) -> Verdict:
         """The verdict on ranks that do not answer; those that hang on this host are killed."""
-        sentences = []
+        sentences: list[str] = []
+        faults: list[Fault] = []
         for rank, peer in sorted(silent.items()):
             ended = self._local.ended(rank, 0.0 if peer.timed_out else ENDING_S) if self._local else None
             killed = ", so the master killed it" if peer.timed_out and not ended and self._kill(rank) else ""
             step = f"; {finished_in_words(finished[rank])}" if rank in finished else ""
             sentences.append(f"{self.members[rank]} is lost: {ended or peer.reason}{killed}{step}")
-        return Verdict("; ".join(sentences), silent)
+            faults.append(self._fault(rank, peer, ended=ended is not None))
+        return Verdict("; ".join(sentences), *faults, lost=silent)
+
+    def _fault(self, rank: int, peer: PeerLost, *, ended: bool) -> Fault:
+        """What is wrong with a rank that does not answer; `ended` is a child of this process that has."""
+        if ended:
+            return "killed" if self._local and self._local.was_killed(rank) else "exited"
+        if not peer.timed_out:
+            return "disconnected"
+        return "hung" if self.members[rank].boot_id == self._me.boot_id else "unreachable"
 
     def bury(self, ranks: Iterable[int]) -> None:
         """Goes on without some ranks: ends them where it can, and has all others forget them, so that others can come.

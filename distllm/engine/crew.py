@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
-from distllm.core import Member, Plan
+from distllm import logs
+from distllm.core import Fault, Member, Plan
 from distllm.engine import host
 from distllm.engine.cluster import Cluster, Verdict
 from distllm.engine.options import Options
@@ -22,6 +24,7 @@ class Crew:
 
     Attributes:
         verdicts: why rings broke so far, and which ranks were lost.
+        faults: how often each kind of fault was behind that.
         holders: lives of those that have a part.
 
     Args:
@@ -36,6 +39,7 @@ class Crew:
         self._notify: Callable[[], None] = lambda: None
         self._told: set[str] = set()
         self.verdicts: list[str] = []
+        self.faults: Counter[Fault] = Counter()
         self.holders: frozenset[str] = frozenset()
 
     def on_news(self, notify: Callable[[], None]) -> None:
@@ -90,8 +94,9 @@ class Crew:
     def bury(self, verdict: Verdict) -> None:
         """Goes on without those that are lost; a place that loses its rank again and again is kept out for a while."""
         assert self._cluster is not None, "one rank alone loses nobody"
-        logger.warning("%s", verdict)
+        logger.warning("%s", verdict, extra=logs.fields(faults=verdict.faults))
         self.verdicts.append(str(verdict))
+        self.faults.update(verdict.faults)
         now = time.monotonic()
         for rank in verdict.lost:
             member = self._cluster.members[rank]

@@ -126,19 +126,21 @@ class Engine:
         return request.id
 
     def stats(self) -> dict[str, object]:
-        """What each rank holds and how it spends its time."""
+        """What each rank holds and how it spends its time: in this epoch, and in all of them (`spent`)."""
         totals = self.master.stats
         stages = totals.stages  # a new epoch makes another list
         said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
         mine = self.master.pipeline
         heard[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
+        hosts = {member.rank: member.host for member in self.job.members}
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
             spent = stages[place] if place < len(stages) else None
             ranks.append(
                 {
                     "rank": stage.rank,
+                    "host": hosts.get(stage.rank, ""),
                     "span": str(stage.span),
                     "weight_bytes": stage.weight_bytes,
                     "kv_bytes": stage.kv_bytes,
@@ -156,6 +158,12 @@ class Engine:
             "tokens": totals.tokens,
             "tokens_per_s": totals.tokens / totals.busy_s if totals.busy_s else 0.0,
             "verdicts": list(self.job.crew.verdicts),
+            "faults": dict(self.job.crew.faults),
+            "epochs": self.job.epochs,
+            "spent": [
+                {"rank": rank, "busy_s": spent.body + spent.head, "wait_s": spent.wait, "sent_bytes": spent.sent}
+                for rank, spent in dict(totals.ranks).items()  # the engine's thread adds to it
+            ],
             **self.master.load(),
         }
 

@@ -36,13 +36,18 @@ Made = TypeVar("Made")
 
 
 class Epochs:
-    """The epochs of one model on one set of ranks."""
+    """The epochs of one model on one set of ranks.
+
+    Attributes:
+        formed: how many there were.
+    """
 
     def __init__(self, options: Options, blueprint: Blueprint, cluster: Cluster | None) -> None:
         self.options = options
         self.blueprint = blueprint
         self._cluster = cluster
         self.holdings = Holdings()
+        self.formed = 0
         self._reserve = Reserve(0)
         self._mine: Future[Loaded] | None = None
         self._kept: Kept | None = None
@@ -88,7 +93,9 @@ class Epochs:
         logger.debug("every rank has loaded")
         with rank_0_is("loading"):
             loaded = mine.result()
-        return self._join(loaded, others)
+        pipeline = self._join(loaded, others)
+        self.formed += 1
+        return pipeline
 
     def _keep(self) -> None:
         """Sees what rank 0 holds; it may still be loading for an epoch that did not come about."""

@@ -43,11 +43,13 @@ def verdict(cluster: Cluster, broken: Exception, ring: Sequence[int], last_step:
         return Verdict(
             f"{cluster.members[rank]} hangs in {in_words(status.received)} for {status.still_s:.0f} s; "
             f"{finished_in_words(status.finished)}",
-            [rank],
+            "hung",
+            lost=[rank],
         )
     return Verdict(
         f"the ring broke although every rank answers: {broken}; "
-        "was rank 0 busy for longer than cluster.deadline_s, or is a link between two hosts down?"
+        "was rank 0 busy for longer than cluster.deadline_s, or is a link between two hosts down?",
+        "link",
     )
 
 

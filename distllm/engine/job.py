@@ -107,6 +107,11 @@ class Job:
         return model.name if model.name and model.path is None else self.blueprint.checkpoint.path.name
 
     @property
+    def epochs(self) -> int:
+        """How many there were."""
+        return self._epochs.formed
+
+    @property
     def others(self) -> list[int]:
         """Ranks that hold something, but for rank 0."""
         return [stage.rank for stage in self.plan.stages[1:]]

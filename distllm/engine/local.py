@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from distllm import logs
 from distllm.net.store import Rendezvous
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class LocalRanks:
         command = [sys.executable, *self.program]
         command += [f"--world-size={rendezvous.world_size}", f"--host={rendezvous.host}", f"--port={rendezvous.port}"]
         command += [f"--job={rendezvous.job}", f"--join-timeout-s={join_timeout_s}", f"--deadline-s={deadline_s}"]
-        command += [f"--log-level={logging.getLevelName(logger.getEffectiveLevel())}"]
+        command += [f"--log-level={logging.getLevelName(logger.getEffectiveLevel())}", f"--log-format={logs.form()}"]
         self._command = command
         self._lock = threading.Lock()
         self._ending = threading.Event()
@@ -70,6 +71,11 @@ class LocalRanks:
         except subprocess.TimeoutExpired:
             return None
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+    def was_killed(self, rank: int) -> bool:
+        """Whether a signal has ended a child."""
+        code = self._children[rank].poll() if rank in self._children else None
+        return code is not None and code < 0
 
     def replace(self, rank: int, pid: int) -> None:
         """Starts one that was lost again, a moment later, unless that was done often enough or is under way."""

@@ -83,6 +83,7 @@ class Master:
         scheduler = self._scheduler
         return {
             "requests": scheduler.waiting + scheduler.running,
+            "running": scheduler.running,
             "kv_blocks": self.pipeline.kv_blocks,
             "kv_blocks_used": scheduler.kv_blocks_used,
             "kv_blocks_kept": scheduler.kv_blocks_kept,
@@ -244,7 +245,7 @@ class Master:
     def _collect(self) -> None:
         done = self.pipeline.receive()
         self._broken_at = None
-        self.stats.add(tokens=len(done.tokens), times=done.times, seconds=done.seconds)
+        self.stats.add(tokens=len(done.tokens), ranks=self.pipeline.ranks, times=done.times, seconds=done.seconds)
         self._mind_the_deadline(done)
         sampled = [row.request for row in done.step.rows if row.samples]
         logprobs = {sampled[place]: logprob for place, logprob in done.logprobs}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -41,12 +41,16 @@ class Done:
 
 
 class Pipeline:
-    """One epoch of one model, seen from rank 0. Leaving it as a context ends the epoch on every rank."""
+    """One epoch of one model, seen from rank 0. Leaving it as a context ends the epoch on every rank.
+
+    Attributes:
+        ranks: of the stages, in ring order.
+    """
 
     def __init__(self, loaded: Loaded, wire: Wire | None, cluster: Cluster | None) -> None:
         self._runner: Runner | None = loaded.runner
         self._dtype = loaded.runner.shard.dtype
-        self._ring = [stage.rank for stage in loaded.order.plan.stages]
+        self.ranks = [stage.rank for stage in loaded.order.plan.stages]
         self._wire = wire
         self._cluster = cluster
         self._outbox = Outbox(loaded.frame_bytes)
@@ -58,7 +62,7 @@ class Pipeline:
         self.kv_tokens = loaded.order.plan.kv_tokens
         self.kv_blocks = loaded.order.plan.kv_tokens // engine.block_tokens
         # More steps than the ring has stages would stand still.
-        self.steps_in_flight = min(engine.steps_in_flight or len(self._ring), len(self._ring))
+        self.steps_in_flight = min(engine.steps_in_flight or len(self.ranks), len(self.ranks))
         self.deadline_s = loaded.order.deadline_s
         self.read_bytes = loaded.read_bytes
         self.held_bytes = loaded.runner.shard.nbytes
@@ -77,7 +81,8 @@ class Pipeline:
         began = time.perf_counter()
         assert self._runner is not None, "the epoch has ended"
         result = self._runner.run(step, None)
-        spent = StageTime(0.0, result.body_seconds, result.head_seconds)
+        sent = self._wire.take_sent() if self._wire else 0
+        spent = StageTime(0.0, result.body_seconds, result.head_seconds, sent)
         if self._wire is None:
             seconds = time.perf_counter() - began
             self._home.append(Done(step, tuple(result.tensor.tolist()), result.logprobs, (spent,), seconds))
@@ -100,8 +105,7 @@ class Pipeline:
         now = time.perf_counter()
         assert frame.step.id == step.id, f"step {frame.step.id} came home before step {step.id}"
         self._last_step = step.id
-        first = frame.times[0]
-        times = (StageTime(now - waited, first.body, first.head), *frame.times[1:])
+        times = (replace(frame.times[0], wait=now - waited), *frame.times[1:])
         return Done(step, frame.tokens, frame.logprobs, times, now - began)
 
     def pulse(self) -> None:
@@ -121,7 +125,7 @@ class Pipeline:
     def verdict(self, broken: Exception) -> Verdict:
         """Who broke the ring."""
         assert self._cluster is not None, "one rank alone has no ring to break"
-        return inquest.verdict(self._cluster, broken, self._ring, self._last_step)
+        return inquest.verdict(self._cluster, broken, self.ranks, self._last_step)
 
     def free(self) -> None:
         """Forgets what rank 0 ran the epoch with, after it has ended."""

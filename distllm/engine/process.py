@@ -15,6 +15,7 @@ import threading
 import time
 from dataclasses import replace
 
+from distllm import logs
 from distllm.config import ClusterConfig
 from distllm.core import Member
 from distllm.engine import host
@@ -234,8 +235,9 @@ def main() -> None:
     for name in ("join-timeout-s", "deadline-s"):
         parser.add_argument(f"--{name}", type=float, required=True)
     parser.add_argument("--log-level", default="WARNING")
+    parser.add_argument("--log-format", default=logs.TEXT)
     given = parser.parse_args()
-    logging.basicConfig(level=given.log_level, format=f"rank {given.rank}: %(message)s")
+    logs.log_to_stderr(given.log_level, given.log_format, rank=given.rank, prefix=f"rank {given.rank}: ")
     threading.Thread(target=_end_with_pipe, name="distllm-pipe", daemon=True).start()
     rendezvous = Rendezvous(
         rank=given.rank, world_size=given.world_size, host=given.host, port=given.port, job=given.job, one_host=True

@@ -248,7 +248,7 @@ class Station:
 
     def _run(self, frame: Frame, wait: float) -> Frame:
         result = self._runner.run(frame.step, frame.hidden)
-        times = (*frame.times, StageTime(wait, result.body_seconds, result.head_seconds))
+        times = (*frame.times, StageTime(wait, result.body_seconds, result.head_seconds, self._wire.take_sent()))
         if self._runner.stage.span.head:
             tokens = tuple(result.tensor.tolist())
             return Frame(kind=Kind.TOKENS, step=frame.step, tokens=tokens, logprobs=result.logprobs, times=times)

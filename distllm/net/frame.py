@@ -5,7 +5,7 @@ A frame is one uint8 tensor:
     int64 x 8   kind, step id, integers in the table, stage times, rows and columns of the hidden states, bytes of
                 masks, 0
     int64 x n   the table: the rows of the step, or the tokens that were sampled and how likely they were
-    float64 x m what each stage has done so far: seconds waiting, in the layers, in the head
+    float64 x m what each stage has done so far: seconds waiting, in the layers, in the head, and bytes sent
     bytes       masks, one behind the other: the tokens that some rows may sample
     bytes       hidden states, at a multiple of 64
 """
@@ -42,11 +42,12 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """Seconds that one stage spent on one step."""
+    """Seconds that one stage spent on one step, and the bytes of frames that it sent since it told so last."""
 
     wait: float
     body: float
     head: float
+    sent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +70,14 @@ def largest_bytes(
 ) -> int:
     """The size of the largest frame of an epoch: that many rows, tokens and runs of blocks in one step."""
     row = max(ROW + 3 * MOST_COPIES + PARAMS_WORDS, LOGPROB_WORDS)
-    integers = HEAD + rows * row + tokens + 2 * runs + 3 * stages
+    integers = HEAD + rows * row + tokens + 2 * runs + 4 * stages
     return integers * 8 + rows * mask_bytes + 2 * ALIGN + tokens * width * item_bytes
 
 
 def encode(frame: Frame, into: torch.Tensor) -> torch.Tensor:
     """Writes a frame into a buffer, uint8, and returns the part that it fills."""
     table = list(_table(frame.step.rows)) if frame.kind is Kind.STEP else list(_results(frame))
-    times = [seconds for time in frame.times for seconds in (time.wait, time.body, time.head)]
+    times = [number for time in frame.times for number in (time.wait, time.body, time.head, time.sent)]
     hidden = frame.hidden
     shape = tuple(hidden.shape) if hidden is not None else (0, 0)
     masks = b"".join(row.allowed for row in frame.step.rows)
@@ -97,7 +98,8 @@ def decode(buffer: torch.Tensor, dtype: torch.dtype) -> Frame:
     kind, step_id, integers, floats, rows, columns, masked, _ = struct.unpack_from(f"<{HEAD}q", raw)
     table = struct.unpack_from(f"<{integers}q", raw, HEAD * 8)
     flat = struct.unpack_from(f"<{floats}d", raw, (HEAD + integers) * 8)
-    times = tuple(StageTime(*flat[i : i + 3]) for i in range(0, floats, 3))
+    spent = zip(flat[::4], flat[1::4], flat[2::4], flat[3::4], strict=True)
+    times = tuple(StageTime(wait, body, head, int(sent)) for wait, body, head, sent in spent)
     end = (HEAD + integers + floats) * 8
     masks = bytes(raw[end : end + masked])
     hidden = None

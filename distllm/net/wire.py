@@ -104,6 +104,7 @@ class Wire:
         # Two buffers: one is read while the next frame already comes in.
         self._buffers = deque(torch.empty(receive_bytes, dtype=torch.uint8) for _ in range(2))
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
+        self._sent = 0
         self._expect()
 
     def _expect(self) -> None:
@@ -136,6 +137,12 @@ class Wire:
             self._sending.append((self._group.send([frame], self._after, _TAG), frame))
         except RuntimeError as error:
             raise _broken("the stage after", error) from error
+        self._sent += frame.nbytes
+
+    def take_sent(self) -> int:
+        """Bytes of the frames that were sent since this was asked last."""
+        sent, self._sent = self._sent, 0
+        return sent
 
     def flush(self) -> None:
         """Waits until all that was sent has left.

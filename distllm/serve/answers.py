@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from distllm.serve.calls import Call
+from distllm.serve.calls import Call, usage
 from distllm.serve.exchange import About
 from distllm.serve.messages import Grown, Likely
 from distllm.serve.tools import Reading, ToolCall
@@ -53,10 +53,8 @@ class Answer:
         return self._body(self.chunk_object, []) | {"usage": self._usage(calls)}
 
     def _usage(self, calls: Sequence[Call]) -> Json:
-        """Tokens of the prompts, each counted once however many answers it has, and of the answers."""
+        prompt, completion = usage(calls, self.about.choices)
         asked = calls[:: self.about.choices]
-        prompt = sum(len(call.tokens or ()) for call in asked)
-        completion = sum(call.known for call in calls)
         cached = sum(min(call.pieces[0].reused, len(call.tokens or ())) for call in asked if call.pieces)
         return {
             "prompt_tokens": prompt,

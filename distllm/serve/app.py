@@ -14,17 +14,19 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from distllm.serve import answers, tools
+from distllm.serve.access import CLIENT_GONE
 from distllm.serve.answers import Answer
-from distllm.serve.calls import Call, Refusal, Unavailable
+from distllm.serve.calls import Call, Refusal, TooLate, Unavailable
 from distllm.serve.exchange import About, Exchange, Exchanges, Full
 from distllm.serve.messages import Prompt
 from distllm.serve.schema import ChatRequest, CompletionRequest, Generation
 
-CLIENT_GONE = 499  # nginx's; nobody reads it
 KEEP_ALIVE_S = 15.0
 RETRY_AFTER_S = 1
 
@@ -100,6 +102,7 @@ class Server:
             exchange, heard = self._resumed(last, about)
         else:
             exchange = self._begun(asked, about, prompts, request.headers.get("idempotency-key"))
+        request.scope["exchange"] = exchange
         return await self._told(exchange, heard or [0] * len(exchange.calls), request)
 
     def _resumed(self, last: str, about: About) -> tuple[Exchange, list[int]]:
@@ -208,6 +211,8 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[P
 def _problem(error: Exception) -> Problem:
     if isinstance(error, Refusal):
         return Problem(400, str(error))
+    if isinstance(error, TooLate):
+        return Problem(504, str(error), code="timeout")
     return Problem(503, str(error))
 
 
@@ -237,6 +242,10 @@ def make_app(server: Server) -> FastAPI:
     @app.get("/v1/cluster")
     async def cluster() -> dict[str, Any]:
         return server.cluster()
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(server.exchanges.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -275,3 +284,8 @@ def make_app(server: Server) -> FastAPI:
         return await told(request, Problem(error.status_code, str(error.detail)))
 
     return app
+
+
+def paths(app: FastAPI) -> list[str]:
+    """Those of the routes."""
+    return [route.path for route in app.routes if isinstance(route, Route)]

@@ -140,7 +140,7 @@ class Backend:
             self._pipe.send(Refused(read.call, str(error)))
             return
         except Exception as error:  # a request that cannot be read must not take the others with it
-            logger.exception("a request cannot be read")
+            logger.exception("%s cannot be read", read.call)
             self._pipe.send(Refused(read.call, f"it cannot be read: {type(error).__name__}"))
             return
         assert request.params.seed is not None, "one is drawn"

@@ -18,6 +18,10 @@ class Unavailable(RuntimeError):
     """The ranks cannot answer now."""
 
 
+class TooLate(Unavailable):
+    """It takes longer than it may."""
+
+
 class Call:
     """One answer. Whoever wants it follows its pieces, from any one on, at any time.
 
@@ -75,6 +79,11 @@ class Call:
         assert self.tokens is not None, "it was taken"
         return Ask(self.name, self.tokens, asdict(self.params), self.generated)
 
+    def fail(self, error: Exception) -> None:
+        """There will be no more of it, because of this."""
+        self._error = error
+        self._tell()
+
     def hear(self, message: Taken | Refused | Grown | Failed) -> None:
         """Takes what rank 0 says of it."""
         match message:
@@ -87,6 +96,9 @@ class Call:
             case Grown():
                 self.pieces.append(message)
                 self.known += len(message.tokens)
+        self._tell()
+
+    def _tell(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -118,3 +130,8 @@ class Call:
         if self._error is not None:
             raise self._error
         await changed.wait()
+
+
+def usage(calls: Sequence[Call], choices: int) -> tuple[int, int]:
+    """Tokens of the prompts, each counted once however many choices it has, and of the answers."""
+    return sum(len(call.tokens or ()) for call in calls[::choices]), sum(call.known for call in calls)

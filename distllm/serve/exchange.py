@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-from distllm.serve.calls import Call, Refusal, Unavailable
+from distllm.serve.calls import Call, Refusal, TooLate, Unavailable
 from distllm.serve.ledger import Entry, Ledger
 from distllm.serve.messages import Grown
+from distllm.serve.metrics import Metrics, Outcome
 from distllm.serve.rank0 import Rank0
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,14 @@ class Exchange:
         calls = [(call.tokens or (), call.params, call.pieces) for call in self.calls]
         return Entry(self.name, self.key, asdict(self.about), calls)
 
+    def fail(self, error: Exception) -> None:
+        """There will be no more of it, because of this."""
+        if not self.accepted.done():
+            self.accepted.set_exception(error)
+        for call in self.calls:
+            if not call.over:
+                call.fail(error)
+
     @property
     def over(self) -> bool:
         """Every answer is whole."""
@@ -136,13 +145,19 @@ class Exchanges:
     Args:
         most_calls: answers that are waited for at once, at most.
         resume_s: how long clients have to come back after this process was started again.
+        timeout_s: longest time that one may take in this process; None for any.
     """
 
-    def __init__(self, ledger: Ledger, words: Sequence[str], *, most_calls: int, resume_s: float) -> None:
-        self.rank0 = Rank0(words, self._deliver, self.end)
+    def __init__(
+        self, ledger: Ledger, words: Sequence[str], *, most_calls: int, resume_s: float, timeout_s: float | None
+    ) -> None:
+        self.metrics = Metrics()
+        self.rank0 = Rank0(words, self._deliver, self.end, self.metrics)
+        self.metrics.watch(self.rank0, ledger)
         self._ledger = ledger
         self.most_calls = most_calls
         self._resume_s = resume_s
+        self._timeout_s = timeout_s
         self._open: dict[str, Exchange] = {}
         self._keys: dict[str, Exchange] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -162,6 +177,7 @@ class Exchanges:
         waited = sum(len(each.calls) for each in self._open.values())
         if waited + len(exchange.calls) > self.most_calls:
             raise Full(f"{waited} answers are waited for already")
+        self.metrics.begun(exchange.calls)
         self._attend(exchange)
 
     def resume(self) -> None:
@@ -235,28 +251,39 @@ class Exchanges:
 
     async def _see_through(self, exchange: Exchange) -> None:
         """From asking whether it can be answered until it is."""
+        outcome: Outcome = "left"
         whole = False
         try:
-            if not exchange.accepted.done():
-                await self._accept(exchange)
-            for call in exchange.calls:
-                if call.finish_reason is None:
-                    self.rank0.ask(call)
-            await exchange.whole()
+            async with asyncio.timeout(self._timeout_s):
+                await self._answered(exchange)
             whole = True
             self._ledger.end(exchange.name)
+        except TimeoutError:
+            outcome = "timeout"
+            logger.warning("%s takes longer than serve.request_timeout_s, and is given up", exchange.name)
+            exchange.fail(TooLate(f"the answer takes longer than {self._timeout_s:g} s"))
         except (Refusal, Unavailable) as error:
-            if not exchange.accepted.done():
-                exchange.accepted.set_exception(error)
+            outcome = "refused" if isinstance(error, Refusal) else "failed"
+            exchange.fail(error)
         finally:
             for call in exchange.calls:
                 self.rank0.drop(call)
+            if whole or not self._closing:
+                self.metrics.ended(exchange.calls, outcome)
             if not whole and not self._closing:
                 self._ledger.drop([exchange.name])
             self._open.pop(exchange.name, None)
             del self._tasks[exchange.name]
             if exchange.key is not None:
                 del self._keys[exchange.key]
+
+    async def _answered(self, exchange: Exchange) -> None:
+        if not exchange.accepted.done():
+            await self._accept(exchange)
+        for call in exchange.calls:
+            if call.finish_reason is None:
+                self.rank0.ask(call)
+        await exchange.whole()
 
     async def _accept(self, exchange: Exchange) -> None:
         for call in exchange.calls:
@@ -267,6 +294,7 @@ class Exchanges:
             self._ledger.accept(exchange.entry())
         except OSError as error:
             raise Unavailable(str(error)) from error
+        self.metrics.accepted(exchange)
         exchange.accepted.set_result(None)
 
     def _deliver(self, grown: Sequence[tuple[Call, Grown]]) -> None:
@@ -279,3 +307,4 @@ class Exchanges:
             name, _, place = call.name.rpartition("/")
             rows.append((name, int(place), start, piece))
         self._ledger.deliver(rows)
+        self.metrics.grown(grown)

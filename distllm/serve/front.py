@@ -13,14 +13,20 @@ import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from distllm.config import Config, ServeConfig
-from distllm.serve.app import Server, make_app
+from distllm.serve.access import Access
+from distllm.serve.app import Server, make_app, paths
+from distllm.serve.connection import Connection
 from distllm.serve.exchange import Exchanges
 from distllm.serve.gate import Gate, Keys
 from distllm.serve.ledger import Ledger
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +40,23 @@ class Listener(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    @classmethod
+    def of(cls, app: ASGIApp, serve: ServeConfig) -> Listener:
+        return cls(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # who asks is who is connected
+                lifespan="off",
+                timeout_graceful_shutdown=math.ceil(serve.drain_s),
+                ssl_certfile=serve.tls_cert,
+                ssl_keyfile=serve.tls_key,
+            )
+        )
 
 
 def serve(config: Config, words: Sequence[str]) -> tuple[int, bool]:
@@ -68,25 +91,19 @@ async def _serve(
     config: Config, listening: socket.socket, words: Sequence[str], ledger: Ledger, keys: Keys | None
 ) -> tuple[int, bool]:
     serve = config.serve
-    exchanges = Exchanges(ledger, words, most_calls=serve.max_queue, resume_s=serve.resume_s)
-    routes = make_app(Server(exchanges, model=_name(config)))
-    drain_s = math.ceil(serve.drain_s)
-    listener = Listener(
-        uvicorn.Config(
-            Gate(routes, keys=keys, most_bytes=serve.max_body_bytes),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,  # who asks is who is connected
-            lifespan="off",
-            timeout_graceful_shutdown=drain_s,
-            ssl_certfile=serve.tls_cert,
-            ssl_keyfile=serve.tls_key,
-        )
+    exchanges = Exchanges(
+        ledger,
+        words,
+        most_calls=serve.max_queue,
+        resume_s=serve.resume_s,
+        timeout_s=serve.request_timeout_s,
     )
+    routes = make_app(Server(exchanges, model=_name(config)))
+    gate = Gate(routes, keys=keys, most_bytes=serve.max_body_bytes)
+    listener = Listener.of(Access(gate, exchanges.metrics, paths(routes)), serve)
 
     def end() -> None:
-        logger.info("ending when %d requests are answered, within %d s", exchanges.count, drain_s)
+        logger.info("ending when %d requests are answered, within %g s", exchanges.count, serve.drain_s)
         exchanges.end()
         listener.should_exit = True
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from distllm.serve.calls import Call
 from distllm.serve.messages import Drop, Failed, Grown, Message, Ready, Refused, Stop, Taken, Told, decode, encode
+from distllm.serve.metrics import Metrics
 from distllm.serve.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Rank0:
         words: the command line, which the process gets too.
         journal: takes new pieces of answers before anybody hears of them.
         ending: is told when there will be no more, before those that wait are.
+        metrics: are told what becomes of it, and what it tells.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Rank0:
         words: Sequence[str],
         journal: Callable[[Sequence[tuple[Call, Grown]]], None],
         ending: Callable[[], None],
+        metrics: Metrics,
     ) -> None:
         self._words = words
         self._journal = journal
         self._ending = ending
+        self._metrics = metrics
         self._read: dict[str, Call] = {}
         self._asked: dict[str, Call] = {}
         self._turns: Turns[Call] = Turns()
@@ -97,6 +101,7 @@ class Rank0:
             code = await self._live()
             if self._stopping.is_set() or self.comings == 0:
                 break
+            self._metrics.rank0_ended(code)
             pause_s = FIRST_PAUSE_S if self.comings > before else min(2 * pause_s, LONGEST_PAUSE_S)
             logger.warning("rank 0 has ended with %d; starting it again, with %d answers to go on", code, self.calls)
             with suppress(TimeoutError):
@@ -175,6 +180,7 @@ class Rank0:
             match message:
                 case Told():
                     self.stats = message.stats
+                    self._metrics.rank0_told(message.stats)
                 case Ready():
                     self._begin(message.most_calls)
                 case Taken() | Refused() if (call := self._read.pop(message.call, None)) is not None:
@@ -188,6 +194,7 @@ class Rank0:
     def _begin(self, most_calls: int) -> None:
         self._most, self.ready = most_calls, True
         self.comings += 1
+        self._metrics.rank0_came()
         for call in self._read.values():
             self._send(call.read())
         for call in self._asked.values():

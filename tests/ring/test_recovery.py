@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import signal
 import sys
@@ -40,6 +41,8 @@ def test_every_worker_may_die_one_after_the_other(model: Path, wanted: dict[Samp
             named = rf"rank {victim} \(host \S+, pid {process.pid}\) is lost: killed by SIGKILL; the last step it "
             assert re.match(named, verdicts[-1])
         assert len(verdicts) == 3
+        assert llm.stats()["faults"] == {"killed": 3}
+        assert llm.stats()["epochs"] == 4
         assert [str(stage.span) for stage in llm.plan.stages] == ["embeddings + layers 0-4 + head"]
         reused: Any = llm.stats()["prefix_tokens"]
         assert tokens(llm.generate([*PROMPTS, LONG], GREEDY)) == wanted[GREEDY]
@@ -85,6 +88,7 @@ def test_a_hung_worker_is_ended_and_one_that_is_slow_is_not(model: Path, wanted:
         strike(victim, signal.SIGSTOP)
         assert running.tokens() == wanted[SEEDED]
         assert [stage.rank for stage in llm.plan.stages] == [0, 2]
+        assert llm.stats()["faults"] == {"hung": 1}
         assert 1 not in workers()
 
 
@@ -222,14 +226,16 @@ def test_wherever_a_fault_strikes_the_answer_is_the_same(
     launcher = ["WORLD_SIZE=3", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
     options = [f"plan.calibrate={'true' if place == 'timing' else 'false'}", f"cluster.load_timeout_s={DEADLINE_S}"]
     options.append(f"cluster.deadline_s={DEADLINE_S}")
-    well = [sys.executable, "-m", "distllm.run", *words(model), *options]
+    well = [sys.executable, "-m", "distllm.run", *words(model), *options, "log_format=json"]
     faulty = [sys.executable, "-c", FAULTY_RANK, str(DEADLINE_S), kind, place]
     job = start([["env", f"RANK={rank}", *launcher, *command] for rank, command in enumerate((well, faulty, well))])
     job.wait_for_error("the fault happens")
     first, _, last = job.wait(WAIT_S)
     assert (first, last) == (0, 0), job.err.read_text()
     assert job.out.read_text() == f"{answer}\n"
-    assert re.search(rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}", job.err.read_text())
+    told = rf"rank 1 \(host \S+, pid {job.launchers[1].pid}\){verdict}"
+    (line,) = [line for line in job.err.read_text().splitlines() if re.search(told, line)]
+    assert json.loads(line)["faults"] == [{"raise": "failed", "hang": "hung"}.get(kind, "disconnected")]
     assert not job.errors()
 
 
