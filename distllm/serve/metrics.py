@@ -138,6 +138,10 @@ class Metrics:
             "answers_running": ("Those that are in steps", running),
             "answers_waiting": ("Those that are not", lambda: rank0.calls - running()),
             "kv_blocks_used": ("Blocks of KV memory that answers hold", lambda: told("kv_blocks_used")),
+            "kv_blocks_kept": (
+                "Blocks of KV memory that are kept of ended answers, and given up when others need them",
+                lambda: told("kv_blocks_kept"),
+            ),
             "kv_blocks": ("Blocks of KV memory that there are", lambda: told("kv_blocks")),
             "journal_bytes": ("What the journal takes on disk", lambda: ledger.nbytes),
         }
