@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from distllm.serve import answers, tools
+from distllm.serve import answers, document, tools
 from distllm.serve.access import CLIENT_GONE
 from distllm.serve.answers import Answer
 from distllm.serve.calls import Call, Refusal, TooLate, Unavailable
@@ -225,39 +225,62 @@ def make_app(server: Server) -> FastAPI:
         redoc_url=None,
     )
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    document.describe(app)
+
+    @app.get("/health", summary="Does the front live?", operation_id="health", responses=document.HEALTH)
+    async def health() -> Any:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", summary="Are answers given at once?", operation_id="ready", responses=document.READY)
     async def ready() -> JSONResponse:
         if server.ready:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "loading"}, 503, {"Retry-After": str(RETRY_AFTER_S)})
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    @app.get("/v1/models", summary="The one that is served", operation_id="models", responses=document.MODELS)
+    async def models() -> Any:
         return server.models()
 
-    @app.get("/v1/cluster")
-    async def cluster() -> dict[str, Any]:
+    @app.get("/v1/cluster", summary="How the ranks do", operation_id="cluster", responses=document.CLUSTER)
+    async def cluster() -> Any:
         return server.cluster()
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get(
+        "/metrics",
+        summary="Counts and times, for Prometheus",
+        operation_id="metrics",
+        response_class=PlainTextResponse,
+        responses=document.METRICS,
+    )
     async def metrics() -> Response:
         return Response(server.exchanges.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post(
+        "/v1/chat/completions",
+        summary="Answers a conversation",
+        operation_id="chat",
+        response_model=None,
+        responses=document.CHAT,
+        openapi_extra=document.HEADERS,
+    )
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return await server.chat(asked, request)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post(
+        "/v1/completions",
+        summary="Continues prompts",
+        operation_id="complete",
+        response_model=None,
+        responses=document.TEXT,
+        openapi_extra=document.HEADERS,
+    )
     async def complete(asked: CompletionRequest, request: Request) -> Response:
         return await server.complete(asked, request)
 
     @app.exception_handler(Problem)
-    async def told(_: Request, problem: Problem) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if problem.status in (429, 503) else None
+    async def told(_: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        if problem.status in (429, 503):
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
         return JSONResponse(problem.body(), problem.status, headers)
 
     @app.exception_handler(Refusal)
@@ -281,7 +304,7 @@ def make_app(server: Server) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> JSONResponse:
-        return await told(request, Problem(error.status_code, str(error.detail)))
+        return await told(request, Problem(error.status_code, str(error.detail)), error.headers)
 
     return app
 
