@@ -24,6 +24,10 @@ stood still on a host that answers, or did not answer from another host; failed 
 part. Or the ring broke although every rank is well.
 """
 
+# What following one grammar may take, as llguidance's ParserLimits have it: 0.1 s for a step at most, and 50 MB. A
+# choice among 10,000 texts is within it.
+GRAMMAR_LIMITS = {"initial_lexer_fuel": 200_000, "max_lexer_states": 20_000, "verbose_errors": False}
+
 
 class EngineError(RuntimeError):
     """The engine has ended and took the running requests with it; the message says who or what ended it."""

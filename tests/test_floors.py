@@ -19,7 +19,7 @@ NOUNS = {"core", "config", "validation"}
 MIDDLE = {"model", "plan", "net"}
 DOORS = {"", "llm", "run", "compose", "generate", "batch", "shards", "bench", "serve"}
 ALLOWED = (
-    {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "journal": {"core"}, "grammars": set()}
+    {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "journal": {"core"}, "grammars": {"core"}}
     | {"logs": set(), "engine": NOUNS | MIDDLE | {"logs"}}
     | dict.fromkeys(MIDDLE, NOUNS)
     | dict.fromkeys(DOORS, NOUNS | MIDDLE | {"engine", "journal", "grammars", "logs"} | DOORS)

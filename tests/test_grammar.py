@@ -11,10 +11,11 @@ import pytest
 
 from distllm import LLM, SamplingParams
 from distllm.config import ModelConfig
-from distllm.core import Request
+from distllm.core import Piece, Request
+from distllm.engine.delivery import Delivery
 from distllm.engine.reader import Reader
 from distllm.grammars import json_grammar
-from distllm.model.grammar import Grammar, check
+from distllm.model.grammar import Grammars
 from distllm.model.tokenizer import Tokenizer
 
 CITY = {
@@ -40,7 +41,7 @@ def bits(mask: bytes) -> set[int]:
 
 
 def test_what_may_come_next(tokenizer: Tokenizer) -> None:
-    grammar = Grammar(json_grammar(CITY), tokenizer)
+    grammar = Grammars(tokenizer).begin(json_grammar(CITY))
     mask = grammar.allowed()
     assert len(mask) == -(-tokenizer.known // 8)
     assert bits(mask), "something may"
@@ -58,12 +59,65 @@ def test_what_may_come_next(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "grammar", ["{", "[]", json_grammar({"type": "frob"}), json_grammar({"$ref": "#/nowhere"})], ids=range(4)
+    "grammar",
+    ["{", "[]"]
+    + [
+        json_grammar(schema)
+        for schema in (
+            {"type": "frob"},
+            {"$ref": "#/nowhere"},
+            {"$ref": "#"},  # nothing follows it
+            {"type": "integer", "multipleOf": 982_451_653},
+            {"type": "string", "pattern": "a*" * 20_000},
+        )
+    ],
+    ids=range(7),
 )
 def test_what_cannot_be_followed_is_refused_in_one_line(tokenizer: Tokenizer, grammar: str) -> None:
     with pytest.raises(ValueError, match=r"^the grammar cannot be followed: .+") as refused:
-        check(grammar, tokenizer)
+        Grammars(tokenizer).check(grammar)
     assert "\n" not in str(refused.value)
+
+
+def test_a_large_choice_can_be_followed(tokenizer: Tokenizer) -> None:
+    Grammars(tokenizer).check(json_grammar({"enum": [f"value {number}" for number in range(10_000)]}))
+
+
+GROWING = json_grammar({"type": "string", "pattern": ".*a.{200}"})  # has a state for each way to come so far
+COME = "abacadcab" * 40
+
+
+def test_answers_with_one_grammar_do_not_take_each_others_room(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer)
+
+    def followed() -> int:
+        """How many tokens."""
+        grammar = grammars.begin(GROWING)
+        for count, token in enumerate(tokenizer.encode(f'"{COME}')):
+            grammar.allowed()
+            try:
+                grammar.take(token)
+            except ValueError as error:
+                assert "too many states" in str(error)  # noqa: PT017
+                return count
+        raise AssertionError("it has no limit")
+
+    grammars.check(GROWING)
+    assert followed() == followed() > 3
+
+
+def test_an_answer_whose_grammar_cannot_be_followed_further_fails_and_does_not_just_end(tokenizer: Tokenizer) -> None:
+    heard: list[Piece | Exception] = []
+    request = Request(id=0, tokens=(1,), params=SamplingParams(), eos_ids=tokenizer.eos_ids)
+    delivery = Delivery(request, tokenizer, heard.append, Grammars(tokenizer).begin(GROWING))
+    (end,) = tokenizer.eos_ids
+    for token in tokenizer.encode(f'"{COME}'):
+        if bits(delivery.allowed()) == {end}:
+            break
+        assert not delivery.push(token, None)
+    assert delivery.push(end, "stop"), "it has ended"
+    assert isinstance(heard[-1], ValueError)
+    assert "the grammar cannot be followed further" in str(heard[-1])
 
 
 @pytest.fixture(scope="module")

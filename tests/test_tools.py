@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distllm.config import ModelConfig
 from distllm.engine.reader import Reader
-from distllm.model.grammar import Grammar, check
+from distllm.model.grammar import Grammars
 from distllm.model.tokenizer import Tokenizer
 from distllm.serve import tools
 from distllm.serve.tools import Reading
@@ -40,8 +40,7 @@ def tokenizer(smollm2: Path) -> Tokenizer:
 
 def follows(grammar: str, tokenizer: Tokenizer, text: str) -> bool:
     """Whether a grammar lets a text be written, and end."""
-    check(grammar, tokenizer)
-    matcher = Grammar(grammar, tokenizer)
+    matcher = Grammars(tokenizer).begin(grammar)
     for token in (*tokenizer.encode(text), min(tokenizer.eos_ids)):
         allowed = matcher.allowed()
         if not allowed[token // 8] >> token % 8 & 1:

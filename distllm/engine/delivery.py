@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from distllm.core import EngineError, FinishReason, Logprob, Piece, Request
+from distllm.core import FinishReason, Logprob, Piece, Request
 from distllm.model.grammar import Grammar
 from distllm.model.stop import StopStrings
 from distllm.model.tokenizer import Detokenizer, Tokenizer
@@ -16,17 +16,24 @@ Sink = Callable[[Piece | Exception], None]
 
 
 class Delivery:
-    """The answer to one request as it grows."""
+    """The answer to one request as it grows.
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, sink: Sink) -> None:
+    Args:
+        grammar: what it must follow, at its beginning.
+
+    Raises:
+        ValueError: what is there of the answer does not follow it.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, sink: Sink, grammar: Grammar | None = None) -> None:
         self.request = request
         self._detokenizer = Detokenizer(tokenizer, request.tokens)
         self._stops = StopStrings(request.params.stop)
         self._sink = sink
-        self._grammar = Grammar(request.params.grammar, tokenizer) if request.params.grammar else None
-        if self._grammar is not None:
+        self._grammar = grammar
+        if grammar is not None:
             for token in request.generated:
-                self._grammar.take(token)
+                grammar.take(token)
 
     def allowed(self) -> bytes:
         """What may come next, as a row has it; empty if anything may."""
@@ -46,9 +53,9 @@ class Delivery:
         """
         ends_by_token = reason == "stop"
         try:
-            ended = self._grammar is not None and not ends_by_token and self._grammar.take(token)
+            ended = self._grammar is not None and self._grammar.take(token)
         except ValueError as error:
-            self.fail(EngineError(str(error)))
+            self.fail(error)
             return True
         text, stopped = self._stops.push("" if ends_by_token else self._detokenizer.push(token))
         if (reason is not None or ended) and not stopped:

@@ -75,7 +75,7 @@ class Engine:
 
     def __init__(self, options: Options, reader: Reader, launched: Rendezvous | None) -> None:
         pages.share_one_heap()
-        self._tokenizer = reader.tokenizer
+        self._tokenizer, self._grammars = reader.tokenizer, reader.grammars
         self._numbers = itertools.count()
         stored_quantization(options.quantization, reader.blueprint.checkpoint)  # refused before ranks come up
         with ExitStack() as opened:
@@ -120,7 +120,8 @@ class Engine:
         """
         self.check_room(request, "the prompt")
         request = replace(request, id=next(self._numbers))
-        delivery = Delivery(request, self._tokenizer, sink)
+        grammar = self._grammars.begin(request.params.grammar) if request.params.grammar else None
+        delivery = Delivery(request, self._tokenizer, sink, grammar)
         delivery.replay()
         self.master.submit(delivery)
         return request.id

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from distllm.config import ModelConfig
 from distllm.core import Request, SamplingParams
-from distllm.model import grammar, source
+from distllm.model import source
 from distllm.model.blueprint import Blueprint
 from distllm.model.checkpoint import Checkpoint
+from distllm.model.grammar import Grammars
 from distllm.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -29,6 +30,7 @@ class Reader:
         self.model = model
         self.blueprint = open_blueprint(model)
         self.tokenizer = Tokenizer.load(self.blueprint.checkpoint.path)
+        self.grammars = Grammars(self.tokenizer)
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, name: str = "the prompt") -> Request:
         """A request for the continuation of a text or of token ids, its seed drawn if it has none.
@@ -69,7 +71,7 @@ class Reader:
             )
         params = params or SamplingParams()
         if params.grammar:
-            grammar.check(params.grammar, self.tokenizer)
+            self.grammars.check(params.grammar)
         if biased := next((token for token, _ in params.logit_bias if not 0 <= token < vocabulary), None):
             raise ValueError(f"logit_bias has the token id {biased}; the model knows 0 to {vocabulary - 1}")
         if params.seed is None:

@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,8 @@ class Backend:
         self._pipe = pipe
         self._lock = threading.Lock()
         self._numbers: dict[str, int] = {}
+        # Long prompts and large grammars take their time, in which answers must be asked for and dropped.
+        self._reading = ThreadPoolExecutor(1, "distllm-reading")
 
     def serve(self) -> None:
         """Until the front says that it is enough.
@@ -107,12 +110,13 @@ class Backend:
         finally:
             over.set()
             telling.join()
+            self._reading.shutdown(cancel_futures=True)
 
     def _listen(self) -> None:
         for message in self._pipe.heard():
             match message:
                 case Read():
-                    self._read(message)
+                    self._reading.submit(self._read, message)
                 case Ask():
                     self._ask(message)
                 case Drop():
@@ -170,6 +174,8 @@ class Backend:
             if isinstance(piece, Piece):
                 likely = [self._likely(each) for each in piece.logprobs]
                 self._pipe.send(Grown(ask.call, piece.text, piece.token_ids, piece.finish_reason, likely, piece.reused))
+            elif isinstance(piece, ValueError):
+                self._pipe.send(Refused(ask.call, str(piece)))
             elif self._llm.failure is None:  # else the front will ask the next engine
                 self._pipe.send(Failed(ask.call, str(piece)))
 

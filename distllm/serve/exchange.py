@@ -13,6 +13,7 @@ from distllm.serve.ledger import Entry, Ledger
 from distllm.serve.messages import Grown
 from distllm.serve.metrics import Metrics, Outcome
 from distllm.serve.rank0 import Rank0
+from distllm.serve.trial import Trials
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Exchanges:
         self.metrics = Metrics()
         self.rank0 = Rank0(words, self._deliver, self.end, self.metrics)
         self.metrics.watch(self.rank0, ledger)
+        self._trials = Trials()
         self._ledger = ledger
         self.most_calls = most_calls
         self._resume_s = resume_s
@@ -241,6 +243,7 @@ class Exchanges:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._trials.close()
         self._ledger.close()
 
     def _attend(self, exchange: Exchange) -> None:
@@ -286,6 +289,8 @@ class Exchanges:
         await exchange.whole()
 
     async def _accept(self, exchange: Exchange) -> None:
+        for call in exchange.calls:
+            await self._trials.attempt(call)
         for call in exchange.calls:
             self.rank0.read(call)
         for call in exchange.calls:

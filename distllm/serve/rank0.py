@@ -185,7 +185,7 @@ class Rank0:
                     self._begin(message.most_calls)
                 case Taken() | Refused() if (call := self._read.pop(message.call, None)) is not None:
                     call.hear(message)
-                case Grown() | Failed() if (call := self._asked.get(message.call)) is not None:
+                case Grown() | Failed() | Refused() if (call := self._asked.get(message.call)) is not None:
                     call.hear(message)
                     if call.over:
                         del self._asked[call.name]
