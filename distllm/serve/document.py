@@ -183,7 +183,9 @@ def _told(model: type[BaseModel], errors: Mapping[int, str], **more: Any) -> Res
     return {200: {"model": model, "description": "it is told", **more}, **refused}
 
 
-STREAMED = {"text/event-stream": {"schema": {"type": "string", "description": "chunks, with stream=true"}}}
+STREAMED = {
+    "text/event-stream": {"schema": {"description": "server-sent events with stream=true: chunks, then [DONE]"}}
+}
 
 HEALTH = _told(Health, TOO_LARGE)
 READY = _told(Readiness, TOO_LARGE) | {503: {"model": Readiness, "description": "rank 0 loads"}}
