@@ -19,6 +19,7 @@ from distllm.config import (
     PlanConfig,
     QuantizationConfig,
     Section,
+    ServeConfig,
     WeightsConfig,
     kind,
     one_of,
@@ -108,6 +109,7 @@ def validate(config: Config) -> None:
         engine=config.engine,
     )
     _check_values("serve.", config.serve)
+    _check_serve(config.serve)
     _check_values("shard.", config.shard)
     _check_values("bench.", config.bench)
     if config.task in SHARD_TASKS:
@@ -219,6 +221,15 @@ def _same_file(one: str, other: str) -> bool:
         return os.path.samefile(one, other)
     except OSError:
         return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _check_serve(serve: ServeConfig) -> None:
+    """What two options of the server say of each other."""
+    if serve.keep_s < serve.resume_s:
+        raise ValueError(
+            f"serve.keep_s={serve.keep_s:g} is less than serve.resume_s={serve.resume_s:g}: an answer that ends before "
+            "its client has come back would be gone; raise the one or lower the other"
+        )
 
 
 def _check_shard(config: Config) -> None:

@@ -72,6 +72,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"cluster__load_timeout_s": float("nan")},
         r"cluster\.load_timeout_s=nan: .*more than 0 and at most 86400 seconds",
     ),
+    ({"serve__keep_s": 10.0}, r"serve\.keep_s=10 is less than serve\.resume_s=60: .*raise the one or lower the other"),
     ({"engine__max_requests": 0}, r"engine\.max_requests=0: .*1 to 4096"),
     ({"engine__max_requests": 10**12}, r"engine\.max_requests=1000000000000: .*1 to 4096"),
     ({"engine__prompt_chunk": 0}, r"engine\.prompt_chunk=0: .*1 to 65536"),

@@ -22,11 +22,12 @@ from starlette.routing import Route
 from distllm.serve import answers, document, tools
 from distllm.serve.access import CLIENT_GONE
 from distllm.serve.answers import Answer
-from distllm.serve.calls import Call, Refusal, TooLate, Unavailable
+from distllm.serve.calls import Call, Deadly, Refusal, TooLate, Unavailable
 from distllm.serve.exchange import About, Exchange, Exchanges, Full
 from distllm.serve.messages import Prompt
 from distllm.serve.schema import ChatRequest, CompletionRequest, Generation
 
+DEADLY = "rank0_died"
 KEEP_ALIVE_S = 15.0
 RETRY_AFTER_S = 1
 
@@ -213,6 +214,8 @@ def _problem(error: Exception) -> Problem:
         return Problem(400, str(error))
     if isinstance(error, TooLate):
         return Problem(504, str(error), code="timeout")
+    if isinstance(error, Deadly):
+        return Problem(500, str(error), code=DEADLY)
     return Problem(503, str(error))
 
 
@@ -281,6 +284,8 @@ def make_app(server: Server) -> FastAPI:
     async def told(_: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
         if problem.status in (429, 503):
             headers = {"Retry-After": str(RETRY_AFTER_S)}
+        if problem.code == DEADLY:
+            headers = {"X-Should-Retry": "false"}  # OpenAI's client would try again
         return JSONResponse(problem.body(), problem.status, headers)
 
     @app.exception_handler(Refusal)

@@ -22,6 +22,10 @@ class TooLate(Unavailable):
     """It takes longer than it may."""
 
 
+class Deadly(Unavailable):
+    """Rank 0 dies of it."""
+
+
 class Call:
     """One answer. Whoever wants it follows its pieces, from any one on, at any time.
 
@@ -99,6 +103,7 @@ class Call:
         self._tell()
 
     def _tell(self) -> None:
+        """Wakes whoever waits for news of it."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

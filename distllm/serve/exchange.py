@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+from distllm.plan.partition import counted
 from distllm.serve.calls import Call, Refusal, TooLate, Unavailable
 from distllm.serve.ledger import Entry, Ledger
 from distllm.serve.messages import Grown
@@ -189,7 +190,7 @@ class Exchanges:
             self._attend(exchange)
             asyncio.get_running_loop().call_later(self._resume_s, self._leave, exchange)
         if self._open:
-            logger.info("going on with %d requests from %s", len(self._open), self._ledger.path)
+            logger.info("going on with %s from %s", counted(len(self._open), "request"), self._ledger.path)
 
     def find(self, name: str) -> Exchange | None:
         """One by its name, also a whole one that is not forgotten yet."""

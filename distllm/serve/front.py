@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from distllm.config import Config, ServeConfig
+from distllm.plan.partition import counted
 from distllm.serve.access import Access
 from distllm.serve.app import Server, make_app, paths
 from distllm.serve.connection import Connection
@@ -103,7 +104,8 @@ async def _serve(
     listener = Listener.of(Access(gate, exchanges.metrics, paths(routes)), serve)
 
     def end() -> None:
-        logger.info("ending when %d requests are answered, within %g s", exchanges.count, serve.drain_s)
+        left = counted(exchanges.count, "unanswered request")
+        logger.info("ending with %s, which may take %g s", left, serve.drain_s)
         exchanges.end()
         listener.should_exit = True
 

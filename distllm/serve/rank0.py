@@ -10,13 +10,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from distllm.serve.calls import Call
+from distllm.plan.partition import counted
+from distllm.serve.calls import Call, Deadly
 from distllm.serve.messages import Drop, Failed, Grown, Message, Ready, Refused, Stop, Taken, Told, decode, encode
 from distllm.serve.metrics import Metrics
+from distllm.serve.suspects import Suspects
 from distllm.serve.turns import Turns
 
 logger = logging.getLogger(__name__)
 
+PROGRAM = ("-m", "distllm.serve")
 READ_BYTES = 2**20
 END_TIMEOUT_S = 12.0  # with serve.drain_s less than the 30 s after which launchers kill
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
@@ -54,6 +57,8 @@ class Rank0:
         self._read: dict[str, Call] = {}
         self._asked: dict[str, Call] = {}
         self._turns: Turns[Call] = Turns()
+        self._suspects = Suspects()
+        self._sent: set[str] = set()  # names of those that it was asked in this life
         self._most = 0
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -70,7 +75,7 @@ class Rank0:
     def read(self, call: Call) -> None:
         """Has it say whether a call can be answered."""
         self._read[call.name] = call
-        self._send(call.read())
+        self._let_in()
 
     def ask(self, call: Call) -> None:
         """Has it answer a call that can be answered, when it is its turn."""
@@ -79,16 +84,33 @@ class Rank0:
 
     def drop(self, call: Call) -> None:
         """Nobody wants the answer any more; one that is whole is no mistake."""
-        self._read.pop(call.name, None)
-        if not self._turns.remove(call.client, call) and self._asked.pop(call.name, None) is not None:
+        if not self._turns.remove(call.client, call) and self._asked.get(call.name) is not None:
             self._send(Drop(call.name))
-            self._let_in()
+        self._part_with(call)
+        self._let_in()
+
+    def _part_with(self, call: Call) -> None:
+        for each in (self._read, self._asked):
+            each.pop(call.name, None)
+        self._sent.discard(call.name)
+        self._suspects.over(call)
 
     def _let_in(self) -> None:
-        while self.ready and len(self._turns) and len(self._asked) < self._most:
+        """Asks what may be asked now."""
+        if not self.ready:
+            return
+        known = (*self._read.values(), *self._asked.values())
+        for call in self._suspects.admitted([each for each in known if each.name not in self._sent]):
+            self._put(call)
+        while not self._suspects.on_trial and len(self._turns) and len(self._asked) < self._most:
             call = self._turns.next()
             self._asked[call.name] = call
-            self._send(call.ask())
+            self._put(call)
+
+    def _put(self, call: Call) -> None:
+        self._sent.add(call.name)
+        self._suspects.asked(call)
+        self._send(call.read() if call.name in self._read else call.ask())
 
     async def run(self) -> int:
         """Keeps the process running until it is told to stop, or never comes up; returns its exit code, 0 if told.
@@ -99,11 +121,13 @@ class Rank0:
         while True:
             before = self.comings
             code = await self._live()
+            self._bury()
             if self._stopping.is_set() or self.comings == 0:
                 break
             self._metrics.rank0_ended(code)
             pause_s = FIRST_PAUSE_S if self.comings > before else min(2 * pause_s, LONGEST_PAUSE_S)
-            logger.warning("rank 0 has ended with %d; starting it again, with %d answers to go on", code, self.calls)
+            left = counted(self.calls, "answer")
+            logger.warning("rank 0 has ended with %d; starting it again, with %s to go on", code, left)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
                 break
@@ -112,6 +136,16 @@ class Rank0:
         for call in (*self._read.values(), *self._asked.values(), *waiting):
             call.hear(Failed(call.name, "the server has ended"))
         return 0 if self._stopping.is_set() else code
+
+    def _bury(self) -> None:
+        """What it was asked is asked again, but for what it dies of."""
+        self._sent.clear()
+        for call in self._suspects.rank0_died():
+            logger.error(
+                "rank 0 has died whenever it was asked for %s of %s; it is not asked again", call.name, call.client
+            )
+            self._part_with(call)
+            call.fail(Deadly("the process that computes has died each time that it was asked for this answer"))
 
     async def stop(self) -> None:
         """Ends the process in peace."""
@@ -130,7 +164,7 @@ class Rank0:
         with theirs:
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "distllm.serve", str(theirs.fileno()), keeps, *self._words),
+                    *(sys.executable, *PROGRAM, str(theirs.fileno()), keeps, *self._words),
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     process_group=0,  # out of the terminal's, whose Ctrl-C is the front's to answer
@@ -183,22 +217,19 @@ class Rank0:
                     self._metrics.rank0_told(message.stats)
                 case Ready():
                     self._begin(message.most_calls)
-                case Taken() | Refused() if (call := self._read.pop(message.call, None)) is not None:
+                case Taken() | Refused() if (call := self._read.get(message.call)) is not None:
                     call.hear(message)
+                    self._part_with(call)
                 case Grown() | Failed() | Refused() if (call := self._asked.get(message.call)) is not None:
                     call.hear(message)
                     if call.over:
-                        del self._asked[call.name]
+                        self._part_with(call)
         self._let_in()
 
     def _begin(self, most_calls: int) -> None:
         self._most, self.ready = most_calls, True
         self.comings += 1
         self._metrics.rank0_came()
-        for call in self._read.values():
-            self._send(call.read())
-        for call in self._asked.values():
-            self._send(call.ask())
 
     def _send(self, message: Message) -> None:
         if self._writer is not None and (self.ready or isinstance(message, Stop)):
