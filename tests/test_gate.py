@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Request
 
+from distllm.serve import page
 from distllm.serve.app import Server, make_app
 from distllm.serve.gate import Gate, Keys
 
@@ -76,6 +78,18 @@ def test_who_has_one_is_known_by_its_name(path: Path) -> None:
     unnamed = "key " + hashlib.sha256(SECOND.encode()).hexdigest()[:12]
     assert asked(inside, headers={"Authorization": f"bearer {SECOND}"}).json() == unnamed
     assert asked(inside, url="/health").status_code == 200, "whether it lives is no secret"
+
+
+def test_the_page_is_open_and_may_load_nothing_from_elsewhere(path: Path) -> None:
+    for url, (_, kind) in page.FILES.items():
+        answer = asked(gate(Keys(path)), url=url)
+        assert (answer.status_code, answer.headers["content-type"].partition(";")[0]) == (200, kind)
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none';")
+        assert not {"'unsafe-inline'", "'unsafe-eval'", "*", "https:"} & set(policy.replace(";", "").split())
+        assert not re.search(rb"""(src|href|url|import|fetch)\W{1,3}(https?:)?//""", answer.content)
+    for url in ("/page/", "/page/__init__.py", "/page/index.html"):
+        assert asked(gate(Keys(path)), url=url).status_code == 401
 
 
 def test_keys_are_read_again_when_their_file_changes(path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -187,13 +187,15 @@ class Cluster:
                     self._registrar.forget(other.member.life)
                     self.node.agent.bury([other.identity])
 
-    def admit(self) -> None:
+    def admit(self) -> list[Member]:
         """Takes in the processes that have registered since; one that comes in place of another when that is buried."""
         came = {rank: each for rank, each in self._registrar.taken().items() if rank not in self._others}
         self._others |= came
         for newcomer in came.values():
             logger.info("%s has come", newcomer.member)
-        self._shares.welcome([each.member for each in came.values()])
+        newcomers = [each.member for each in came.values()]
+        self._shares.welcome(newcomers)
+        return newcomers
 
     def _check_joining(self, wanted: Iterable[int], taken: Mapping[int, Registered]) -> None:
         """A rank that dies while others still join keeps them from it, so it must be named at once."""

@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from distllm import logs
-from distllm.core import Fault, Member, Plan
+from distllm.core import Fault, Member, Plan, Span
 from distllm.engine import host
+from distllm.engine.chronicle import Chronicle
 from distllm.engine.cluster import Cluster, Verdict
 from distllm.engine.options import Options
 from distllm.plan.membership import Losses
@@ -25,7 +26,8 @@ class Crew:
     Attributes:
         verdicts: why rings broke so far, and which ranks were lost.
         faults: how often each kind of fault was behind that.
-        holders: lives of those that have a part.
+        chronicle: verdicts, and who came and left, with times.
+        holders: lives of those that have a part, and which.
 
     Args:
         cluster: the other ranks; None if this process is alone.
@@ -40,7 +42,8 @@ class Crew:
         self._told: set[str] = set()
         self.verdicts: list[str] = []
         self.faults: Counter[Fault] = Counter()
-        self.holders: frozenset[str] = frozenset()
+        self.chronicle = Chronicle()
+        self.holders: Mapping[str, Span] = {}
 
     def on_news(self, notify: Callable[[], None]) -> None:
         """Calls this from now on, from any thread, when somebody has come, wants to go, or may have a part again."""
@@ -97,6 +100,8 @@ class Crew:
         logger.warning("%s", verdict, extra=logs.fields(faults=verdict.faults))
         self.verdicts.append(str(verdict))
         self.faults.update(verdict.faults)
+        lost = [self._cluster.members[rank] for rank in verdict.lost]
+        self.chronicle.lost({member: self.holders.get(member.life) for member in lost}, str(verdict))
         now = time.monotonic()
         for rank in verdict.lost:
             member = self._cluster.members[rank]
@@ -116,7 +121,8 @@ class Crew:
         for rank, reason in self._cluster.gone().items():
             if rank not in ring:
                 self.bury(self._cluster.lost({rank: reason}, {}))
-        self._cluster.admit()
+        for newcomer in self._cluster.admit():
+            self.chronicle.joined(newcomer)
 
     def tell_of_spares(self, plan: Plan) -> None:
         """Says once of each rank that has no part that it has none."""
@@ -127,10 +133,12 @@ class Crew:
 
     def let_go(self, plan: Plan) -> None:
         """Ends those that want to go and have no part any more."""
-        gone = [member.rank for member in self.leavers() if plan.stage_of(member.rank) is None]
+        gone = [member for member in self.leavers() if plan.stage_of(member.rank) is None]
         if gone:
             assert self._cluster is not None, "one rank alone has nobody to let go"
-            self._cluster.let_go(gone)
+            self._cluster.let_go(member.rank for member in gone)
+        for member in gone:
+            self.chronicle.note("left", f"{member} has left")
 
 
 def _place(member: Member) -> tuple[str, int]:

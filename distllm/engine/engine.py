@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
-from distllm.core import EngineError, Request
+from distllm.core import EngineError, Member, Request
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink
@@ -130,19 +132,20 @@ class Engine:
         """What each rank holds and how it spends its time: in this epoch, and in all of them (`spent`)."""
         totals = self.master.stats
         stages = totals.stages  # a new epoch makes another list
-        said = self._ranks.cluster.statuses(self.job.others, STATS_TIMEOUT_S) if self._ranks.cluster else {}
+        cluster = self._ranks.cluster
+        members = cluster.members if cluster else dict(enumerate(self.job.members))
+        said = cluster.statuses([rank for rank in members if rank != 0], STATS_TIMEOUT_S) if cluster else {}
         heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
         mine = self.master.pipeline
         heard[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
-        hosts = {member.rank: member.host for member in self.job.members}
         ranks = []
         for place, stage in enumerate(self.job.plan.stages):
             spent = stages[place] if place < len(stages) else None
             ranks.append(
                 {
-                    "rank": stage.rank,
-                    "host": hosts.get(stage.rank, ""),
+                    **_who(stage.rank, members),
                     "span": str(stage.span),
+                    "layers": (stage.span.start, stage.span.stop),
                     "weight_bytes": stage.weight_bytes,
                     "kv_bytes": stage.kv_bytes,
                     "read_bytes": heard[stage.rank].read_bytes if stage.rank in heard else 0,
@@ -153,10 +156,20 @@ class Engine:
                     "head_s": spent.head if spent else 0.0,
                 }
             )
+        parts = {stage.rank for stage in self.job.plan.stages}
         return {
+            "time": time.time(),
             "ranks": ranks,
+            "idle": [
+                _who(rank, members) | {"state": heard[rank].state if rank in heard else "silent"}
+                for rank in members
+                if rank not in parts
+            ],
+            "epoch": mine.epoch,
+            "mending": self.job.mending,
             "steps": totals.steps,
             "tokens": totals.tokens,
+            "busy_s": totals.busy_s,
             "tokens_per_s": totals.tokens / totals.busy_s if totals.busy_s else 0.0,
             "verdicts": list(self.job.crew.verdicts),
             "faults": dict(self.job.crew.faults),
@@ -165,6 +178,7 @@ class Engine:
                 {"rank": rank, "busy_s": spent.body + spent.head, "wait_s": spent.wait, "sent_bytes": spent.sent}
                 for rank, spent in dict(totals.ranks).items()  # the engine's thread adds to it
             ],
+            **self.job.crew.chronicle.told(),
             **self.master.load(),
         }
 
@@ -172,6 +186,12 @@ class Engine:
         """Ends what was opened; once is enough, twice does no harm."""
         atexit.unregister(self.close)
         self._opened.close()
+
+
+def _who(rank: int, members: Mapping[int, Member]) -> dict[str, object]:
+    """A rank by its name; one that has gone just now has no process any more."""
+    member = members.get(rank)
+    return {"rank": rank, "host": member.host if member else None, "pid": member.pid if member else None}
 
 
 def _scheduler(job: Job, pipeline: Pipeline) -> Scheduler:

@@ -36,6 +36,9 @@ WORKSPACE_BYTES = 100 * 10**6
 class Job:
     """One model on one set of ranks.
 
+    Attributes:
+        mending: the ring has broken, and there is no other one yet.
+
     Args:
         cluster: the other ranks; None if this process is alone.
 
@@ -60,6 +63,7 @@ class Job:
         self._growth = Growth(self.crew, self._epochs)
         self._replication = Replication(self.crew, self._epochs, options.plan.replicate or ())
         self._strength = len(self.plan.stages)
+        self.mending = False
 
     def _take_stock(self, wanted: Options) -> None:
         """Who is there, and who holds what. After the death of a master, ranks that are still missing are waited for.
@@ -230,7 +234,9 @@ class Job:
         self._replication.drop()
         self.plan = plan
         since = time.monotonic()
-        return self._balanced(self._formed(since), since)
+        pipeline = self._balanced(self._formed(since), since)
+        self.crew.chronicle.note("changed", f"{self._who_holds_what()}; requests waited {_ago(since)}")
+        return pipeline
 
     def recover(self, broken: Exception, pipeline: Pipeline, since: float) -> Pipeline:
         """Goes on with those that are left when a ring has broken: a new plan that moves little, and a new epoch.
@@ -243,12 +249,16 @@ class Job:
         Raises:
             EngineError: it cannot go on; says what broke and why.
         """
+        self.mending = True
         self._growth.drop()
         self._replication.drop()
         verdict = pipeline.verdict(broken)
         pipeline.free()
         self._go_on_after(verdict, since)
-        return self._formed(since)
+        mended = self._formed(since)
+        self.mending = False
+        self.crew.chronicle.note("recovered", f"the ranks go on after {_ago(since)}: {self._who_holds_what()}")
+        return mended
 
     def _formed(self, since: float | None = None) -> Pipeline:
         """A ring by the plan; a failure meanwhile is just another epoch, with those that are left.
@@ -260,7 +270,9 @@ class Job:
             self._tell(self.plan)
             try:
                 pipeline = self._epochs.form(self.plan, self.members)
-                self.crew.holders = frozenset(each.life for each in self.members if self.plan.stage_of(each.rank))
+                self.crew.holders = {
+                    each.life: stage.span for each in self.members if (stage := self.plan.stage_of(each.rank))
+                }
                 self.crew.let_go(self.plan)
                 return pipeline
             except Verdict as verdict:
@@ -353,6 +365,9 @@ class Job:
             else:
                 logger.info("%s holds %s, %s", member, stage.span, human_bytes(stage.weight_bytes))
 
+    def _who_holds_what(self) -> str:
+        return ", ".join(f"rank {stage.rank} holds {stage.span}" for stage in self.plan.stages)
+
     def close(self) -> None:
         """Gives up a ring that is being made; from any thread."""
         self._epochs.close()
@@ -363,6 +378,10 @@ class Job:
         pages.give_back_memory()
         if self._cluster is not None:
             self._cluster.forget()
+
+
+def _ago(since: float) -> str:
+    return f"{time.monotonic() - since:.1f} s"
 
 
 def _check_ranks(options: Options, ranks: int) -> None:

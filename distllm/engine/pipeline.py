@@ -57,6 +57,7 @@ class Pipeline:
         self._flying: deque[tuple[Step, StageTime, float]] = deque()
         self._home: deque[Done] = deque()
         self._last_step = -1
+        self.epoch = loaded.order.epoch
         self.threads = loaded.order.threads
         engine = loaded.order.engine
         self.kv_tokens = loaded.order.plan.kv_tokens

@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from distllm.serve import answers, document, tools
+from distllm.serve import answers, document, page, tools
 from distllm.serve.access import CLIENT_GONE
 from distllm.serve.answers import Answer
 from distllm.serve.calls import Call, Deadly, Refusal, TooLate, Unavailable
@@ -70,8 +70,10 @@ class Server:
     def cluster(self) -> dict[str, Any]:
         """The ranks, what they hold and how they spend their time, and what is asked of them."""
         rank0 = self.exchanges.rank0
-        now = {"ready": rank0.ready, "rank0_comings": rank0.comings, "unfinished": self.exchanges.count}
-        return now | dict(rank0.stats)
+        now = {"model": self.model, "ready": rank0.ready, "rank0_comings": rank0.comings}
+        now |= {"unfinished": self.exchanges.count, "in_flight": self.exchanges.in_flight()}
+        told = {name: value for name, value in rank0.stats.items() if name != "happenings"}  # they are among the events
+        return now | told | {"events": rank0.events.told()}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         messages = tools.told([message.plain() for message in asked.messages], asked.usable_tools)
@@ -229,6 +231,7 @@ def make_app(server: Server) -> FastAPI:
     )
 
     document.describe(app)
+    page.add_to(app)
 
     @app.get("/health", summary="Does the front live?", operation_id="health", responses=document.HEALTH)
     async def health() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 FORGET_INTERVAL_S = 30.0
 # A request waits to be accepted, then its answer is sent: between the two nobody follows it.
 LEAVE_S = 0.02
+MOST_TOLD = 20
 
 
 class Full(RuntimeError):
@@ -170,6 +172,21 @@ class Exchanges:
     def count(self) -> int:
         """Of those that are not whole."""
         return len(self._open)
+
+    def in_flight(self) -> dict[str, object]:
+        """How many run and wait, and the oldest of them, without what they say."""
+        now = time.time()
+        told: list[dict[str, object]] = []
+        running = 0
+        for exchange in self._open.values():
+            runs = any(self.rank0.runs(call) for call in exchange.calls)
+            running += runs
+            if len(told) < MOST_TOLD:
+                tokens = sum(call.known for call in exchange.calls)
+                age_s = round(max(0.0, now - exchange.about.created), 1)
+                state = "running" if runs else "waiting"
+                told.append({"id": exchange.name, "state": state, "age_s": age_s, "tokens": tokens})
+        return {"running": running, "waiting": len(self._open) - running, "oldest": told}
 
     def begin(self, exchange: Exchange) -> None:
         """Has it answered.

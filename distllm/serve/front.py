@@ -112,6 +112,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for each in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(each, end)
+    exchanges.rank0.events.add("started", f"the server has started, as pid {os.getpid()}")
     exchanges.resume()
     forgetting = asyncio.create_task(exchanges.forget())
     running = asyncio.create_task(exchanges.rank0.run())

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
+from distllm.serve import page
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/health", "/ready")
+OPEN = ("/health", "/ready", *page.FILES)
 SHORTEST_KEY = 16
 BODY_TIMEOUT_S = 30.0
 

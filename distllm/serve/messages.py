@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from distllm.core import FinishReason
 
@@ -104,7 +105,7 @@ class Failed:
 class Told:
     """From rank 0, from time to time: how the ranks do; see `LLM.stats`."""
 
-    stats: Mapping[str, object]
+    stats: Mapping[str, Any]
 
 
 Message = Read | Ask | Drop | Stop | Ready | Taken | Refused | Grown | Failed | Told

@@ -127,7 +127,7 @@ class Metrics:
         """Looks up what is so at the moment whenever somebody asks."""
 
         def told(key: str) -> int:
-            return rank0.stats.get(key, 0) if rank0.ready else 0  # type: ignore[return-value]
+            return rank0.stats.get(key, 0) if rank0.ready else 0
 
         def running() -> int:
             return min(told("running"), rank0.calls)  # what it told is a second old
@@ -194,7 +194,8 @@ class Metrics:
         for kind, count in stats["faults"].items():
             self._faults.labels(kind).inc(self._growth.of(("faults", kind), count))
         for each in stats["ranks"]:
-            self._place(each["rank"], each["host"])
+            if each["host"] is not None:  # else the rank has just gone
+                self._place(each["rank"], each["host"])
         for each in stats["spent"]:
             rank = each["rank"]
             for key, counter in self._spent.items():

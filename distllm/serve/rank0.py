@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from distllm.plan.partition import counted
 from distllm.serve.calls import Call, Deadly
+from distllm.serve.events import Events
 from distllm.serve.messages import Drop, Failed, Grown, Message, Ready, Refused, Stop, Taken, Told, decode, encode
 from distllm.serve.metrics import Metrics
 from distllm.serve.suspects import Suspects
@@ -34,6 +38,7 @@ class Rank0:
         ready: whether it can be asked now. What is asked before waits for it.
         stats: what it told last; see `LLM.stats`.
         comings: how often it has become ready.
+        events: what became of it, and what it tells of the other ranks.
         told: whether it has heard that it is to end, and the other ranks from it.
 
     Args:
@@ -65,12 +70,18 @@ class Rank0:
         self._stopping = asyncio.Event()
         self.ready = self.told = False
         self.comings = 0
-        self.stats: Mapping[str, object] = {}
+        self.stats: Mapping[str, Any] = {}
+        self.events = Events()
+        self._began = 0.0
 
     @property
     def calls(self) -> int:
         """Answers that are waited for."""
         return len(self._read) + len(self._turns) + len(self._asked)
+
+    def runs(self, call: Call) -> bool:
+        """Whether it is at it; else the call waits for its turn, or for the process."""
+        return self.ready and call.name in self._asked
 
     def read(self, call: Call) -> None:
         """Has it say whether a call can be answered."""
@@ -127,7 +138,8 @@ class Rank0:
             self._metrics.rank0_ended(code)
             pause_s = FIRST_PAUSE_S if self.comings > before else min(2 * pause_s, LONGEST_PAUSE_S)
             left = counted(self.calls, "answer")
-            logger.warning("rank 0 has ended with %d; starting it again, with %s to go on", code, left)
+            logger.warning("rank 0 %s; it is started again, with %s to go on", _how(code), left)
+            self.events.add("ended", f"rank 0 {_how(code)}; it is started again, with {left} to go on")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
                 break
@@ -174,6 +186,8 @@ class Rank0:
                 ours.close()
                 logger.warning("rank 0 cannot be started: %s", error)
                 return 1
+        self._began = time.monotonic()
+        self.events.add("started", f"rank 0 is started, as pid {self._process.pid}")
         reader, self._writer = await asyncio.open_connection(sock=ours)
         if self._stopping.is_set():
             self._process.terminate()
@@ -215,6 +229,7 @@ class Rank0:
                 case Told():
                     self.stats = message.stats
                     self._metrics.rank0_told(message.stats)
+                    self.events.hear(self.stats["happenings"])
                 case Ready():
                     self._begin(message.most_calls)
                 case Taken() | Refused() if (call := self._read.get(message.call)) is not None:
@@ -222,6 +237,8 @@ class Rank0:
                     self._part_with(call)
                 case Grown() | Failed() | Refused() if (call := self._asked.get(message.call)) is not None:
                     call.hear(message)
+                    if isinstance(message, Failed):
+                        self.events.add("failed", f"{call.name}: {message.reason}")
                     if call.over:
                         self._part_with(call)
         self._let_in()
@@ -230,7 +247,14 @@ class Rank0:
         self._most, self.ready = most_calls, True
         self.comings += 1
         self._metrics.rank0_came()
+        self.events.forget_rank0()
+        self.events.add("ready", f"the model is ready, {time.monotonic() - self._began:.1f} s after rank 0 was started")
 
     def _send(self, message: Message) -> None:
         if self._writer is not None and (self.ready or isinstance(message, Stop)):
             self._writer.write(encode(message))
+
+
+def _how(code: int) -> str:
+    """How a process has ended."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with code {code}"
