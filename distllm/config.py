@@ -171,9 +171,7 @@ class EngineConfig:
     block_tokens: int = key(16, "tokens of one KV block")
     kv_tokens: int | None = key(None, "KV room in tokens; by default what memory allows, at most max_requests contexts")
     prefix_tokens: int | None = key(
-        None,
-        "KV to keep of requests that have ended, for those that begin alike, in tokens; by default a quarter of all; "
-        "0 computes every prompt anew",
+        None, "KV to keep for prompts that begin alike, in tokens; by default a quarter, 0 for none"
     )
     pack_weights: bool = key(True, "lay 16-bit weights out for the CPU's kernels; false uses the files in place")
     steps_in_flight: int | None = key(None, "steps under way at once, at most and by default one per stage")
