@@ -37,7 +37,7 @@ def served(endless: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     finally:
         ended = server.end()
     assert ended == 0
-    assert any(each["message"].startswith("ending when") for each in lines(server))
+    assert any(each["message"].startswith("ending with ") for each in lines(server))
 
 
 class Scrape:
