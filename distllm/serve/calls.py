@@ -47,6 +47,7 @@ class Call:
         self.known = 0
         self._error: Exception | None = None
         self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
 
     @classmethod
     def again(
@@ -106,6 +107,8 @@ class Call:
         """Wakes whoever waits for news of it."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        if self.over:
+            self._ended.set()
 
     async def taken(self) -> None:
         """Waits until rank 0 has said that it can be answered.
@@ -115,6 +118,17 @@ class Call:
         """
         while self.tokens is None:
             await self._change()
+
+    async def whole(self) -> None:
+        """Waits until all of it is there.
+
+        Raises:
+            Refusal, Unavailable: it has ended early.
+        """
+        if not self.over:
+            await self._ended.wait()
+        if self._error is not None:
+            raise self._error
 
     async def follow(self, heard: int = 0) -> AsyncIterator[Grown]:
         """Its pieces, those that are there and those that come, but for the first `heard`.

@@ -118,7 +118,8 @@ class Exchange:
         try:
             while left:
                 try:
-                    place, piece = await asyncio.wait_for(queue.get(), patience_s)
+                    async with asyncio.timeout(patience_s):  # wait_for would make a task of each piece
+                        place, piece = await queue.get()
                 except TimeoutError:
                     yield None
                     continue
@@ -139,8 +140,7 @@ class Exchange:
             Refusal, Unavailable: one has ended early.
         """
         for call in self.calls:
-            async for _ in call.follow(len(call.pieces)):
-                pass
+            await call.whole()
 
 
 class Exchanges:

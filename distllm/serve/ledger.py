@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distllm.core import SamplingParams
@@ -100,7 +100,7 @@ class Ledger(JournalFile):
 
         While it cannot be written they are not; what was accepted is answered all the same.
         """
-        rows = [(name, place, start, json.dumps(astuple(piece)[1:])) for name, place, start, piece in pieces]
+        rows = [(name, place, start, json.dumps(_written(piece))) for name, place, start, piece in pieces]
         if not self._try([("INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?)", rows)]):
             self._gaps.update(name for name, *_ in rows)
 
@@ -176,6 +176,11 @@ class Ledger(JournalFile):
 def _deletes(names: Iterable[str]) -> list[tuple[str, list[tuple[object, ...]]]]:
     gone: list[tuple[object, ...]] = [(name,) for name in names]
     return [(f"DELETE FROM {table} WHERE name = ?", gone) for table in ("pieces", "calls", "exchanges")]
+
+
+def _written(piece: Grown) -> tuple[object, ...]:
+    """A piece as `_pieces` reads it; `dataclasses.astuple` would copy all that it is made of."""
+    return piece.text, piece.tokens, piece.finish_reason, piece.logprobs, piece.reused
 
 
 def _params(written: str) -> SamplingParams:
