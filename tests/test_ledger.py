@@ -48,6 +48,15 @@ def test_the_next_process_finds_what_was_accepted_and_delivered(path: Path) -> N
     assert after.find("two") is after.find_key("two") is None
 
 
+def test_answers_that_had_begun_come_first_and_then_the_oldest(path: Path) -> None:
+    before = opened(path)
+    for name, created in (("d", 3), ("c", 1), ("a", 2), ("b", 4)):
+        before.accept(Entry(name, None, {"created": created}, [([7], PARAMS, [])]))
+    before.deliver([("b", 0, 0, FIRST), ("d", 0, 0, FIRST)])
+    before.close()
+    assert [each.name for each in opened(path).unfinished()] == ["d", "b", "c", "a"]
+
+
 def test_pieces_behind_a_gap_are_not_taken(path: Path) -> None:
     ledger = opened(path)
     ledger.accept(entry())

@@ -24,6 +24,11 @@ TABLES = (
     " WITHOUT ROWID",
 )
 
+UNFINISHED = (
+    "SELECT name FROM exchanges WHERE ended IS NULL ORDER BY name NOT IN (SELECT name FROM pieces),"
+    " json_extract(about, '$.created')"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -136,8 +141,8 @@ class Ledger(JournalFile):
         self.drop([name for (name,) in old])
 
     def unfinished(self) -> Iterator[Entry]:
-        """Exchanges that are not whole."""
-        for (name,) in self._file.execute("SELECT name FROM exchanges WHERE ended IS NULL").fetchall():
+        """Exchanges that are not whole: those that have something of their answers first, then the oldest."""
+        for (name,) in self._file.execute(UNFINISHED).fetchall():
             if (entry := self.find(name)) is not None:
                 yield entry
 
