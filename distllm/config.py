@@ -17,7 +17,7 @@ WHOLE_RIVAL, SPLIT_RIVAL, PLAIN_RIVAL = "transformers", "transformers-pp", "dist
 
 # Keys that take one of a few words, or a list of them.
 CHOICES = {
-    "task": ("generate", "serve", "plan", *SHARD_TASKS, "bench"),
+    "task": ("generate", "chat", "serve", "plan", *SHARD_TASKS, "bench"),
     "log_level": ("debug", "info", "warning", "error"),
     "log_format": ("text", "json"),
     "model.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -178,6 +178,13 @@ class EngineConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ChatConfig:
+    """The conversation of task=chat."""
+
+    system: str = key("", "what the model is told before everything else", text=True)
+
+
+@dataclass(kw_only=True, slots=True)
 class ServeConfig:
     """The HTTP server of task=serve."""
 
@@ -228,7 +235,7 @@ class BenchConfig:
 class Config:
     """One job."""
 
-    task: str = key("generate", "generate, serve (HTTP), plan (who would hold what), shard, reconstruct or bench")
+    task: str = key("generate", "generate, chat, serve (HTTP), plan (who would hold what), shard, reconstruct or bench")
     prompt: str | None = key(None, "the prompt as typed; - reads standard input, @FILE a file", text=True)
     prompts: str | None = key(
         None, 'file of prompts, one JSON a line: {"prompt": ...} or {"messages": [...]}', text=True
@@ -245,6 +252,7 @@ class Config:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
@@ -258,6 +266,7 @@ Section = (
     | WeightsConfig
     | PlanConfig
     | EngineConfig
+    | ChatConfig
     | ServeConfig
     | ShardConfig
     | BenchConfig

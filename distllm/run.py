@@ -254,6 +254,8 @@ def _run(config: Config, front: Front | None) -> int:
     if config.task == "serve":
         assert front is not None, "without one this process is the front"
         return _serve_front(config, front)
+    if config.task == "chat":
+        return _chat(config)
     return _generate(config)
 
 
@@ -275,6 +277,24 @@ def _serve_front(config: Config, front: Front) -> int:
         Backend(llm, pipe).serve()
     pipe.close()
     return 0
+
+
+def _chat(config: Config) -> int:
+    """A conversation by the terminal."""
+    from distllm.chat import Chat
+    from distllm.engine.reader import Reader
+    from distllm.terminal import Terminal
+
+    terminal = Terminal()
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(terminal)
+    if _number("TORCHELASTIC_RESTART_COUNT", 0) > 0:
+        logger.warning("rank 0 was started again, and the conversation begins anew")
+    reader = Reader(config.model)
+    reader.chat_request([{"role": "user", "content": "Hi"}])  # refused before ranks come up
+    with _opened(config, reader) as llm:
+        return Chat(llm, reader, terminal, config.sampling.params(), system=config.chat.system).run()
 
 
 def _generate(config: Config) -> int:

@@ -112,6 +112,8 @@ def validate(config: Config) -> None:
     _check_serve(config.serve)
     _check_values("shard.", config.shard)
     _check_values("bench.", config.bench)
+    if config.task == "chat" and (config.prompt is not None or config.prompts is not None):
+        raise ValueError("task=chat reads messages from standard input: leave prompt= and prompts= out, or task=chat")
     if config.task in SHARD_TASKS:
         _check_shard(config)
     if config.task == "bench":

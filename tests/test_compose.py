@@ -50,7 +50,7 @@ def test_text_arrives_as_typed(text: str) -> None:
 def test_the_list_of_texts_covers_every_text_key() -> None:
     others = {"prompt", "prompts", "output", "model.path", "model.name", "model.package", "cluster.interface"}
     others |= {"model.hub", "model.revision", "shard.output", "cluster.join", "serve.host", "serve.journal"}
-    others |= {"serve.api_keys_file", "serve.tls_cert", "serve.tls_key"}
+    others |= {"serve.api_keys_file", "serve.tls_cert", "serve.tls_key", "chat.system"}
     assert {each.name for each in keys() if each.text} == others | {"sampling.stop"}
 
 
@@ -155,7 +155,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["sampling.ignore_eos=maybe"], ["sampling.ignore_eos=maybe: it must be true or false"]),
     (["bench.rivals=vllm"], ["bench.rivals=vllm: it must be a list such as [a,b]"]),
     (["log_level=[a]"], ["log_level=[a]: it must be one of debug, info, warning, error"]),
-    (["task=null"], ["task=null: it must be one of generate, serve, plan, shard, reconstruct, bench"]),
+    (["task=null"], ["task=null: it must be one of generate, chat, serve, plan, shard, reconstruct, bench"]),
     (["plan.min_gain=5"], ["plan.min_gain=5.0: it must be 0 to 1, a share of a step's time"]),
     (["cluster.threads=1000000000000000000000000"], ["it must be 1 to 1024"]),
     (["cluster.interface="], ["cluster.interface= is empty: name an interface"]),

@@ -38,7 +38,10 @@ def test_the_defaults_are_valid() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"task": "genrate"}, r"task=genrate: .*generate, serve, plan, shard, reconstruct, bench; did you mean generate\?"),
+    (
+        {"task": "genrate"},
+        r"task=genrate: .*generate, chat, serve, plan, shard, reconstruct, bench; did you mean generate\?",
+    ),
     ({"log_level": "loud"}, r"log_level=loud: .*debug, info, warning, error"),
     ({"log_format": "xml"}, r"log_format=xml: .*text, json"),
     ({"serve__request_timeout_s": 0}, r"serve\.request_timeout_s=0: .*more than 0 and at most 86400 seconds"),
@@ -72,6 +75,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"cluster__load_timeout_s": float("nan")},
         r"cluster\.load_timeout_s=nan: .*more than 0 and at most 86400 seconds",
     ),
+    ({"task": "chat", "prompt": "Hi"}, r"task=chat reads messages from standard input: leave prompt= "),
     ({"serve__keep_s": 10.0}, r"serve\.keep_s=10 is less than serve\.resume_s=60: .*raise the one or lower the other"),
     ({"engine__max_requests": 0}, r"engine\.max_requests=0: .*1 to 4096"),
     ({"engine__max_requests": 10**12}, r"engine\.max_requests=1000000000000: .*1 to 4096"),
@@ -178,7 +182,7 @@ def test_keys_tells_every_leaf_once() -> None:
 def test_keys_that_hold_free_text_are_text_keys() -> None:
     free = {"prompt", "prompts", "output", "model.name", "model.path", "model.package", "cluster.interface"}
     free |= {"model.hub", "model.revision", "shard.output", "cluster.join", "serve.host", "serve.journal"}
-    free |= {"serve.api_keys_file", "serve.tls_cert", "serve.tls_key"}
+    free |= {"serve.api_keys_file", "serve.tls_cert", "serve.tls_key", "chat.system"}
     assert {each.name for each in keys() if each.text} == free | {"sampling.stop"}
 
 

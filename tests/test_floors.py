@@ -17,7 +17,7 @@ ROOT = Path(distllm.__file__).parent
 
 NOUNS = {"core", "config", "validation"}
 MIDDLE = {"model", "plan", "net"}
-DOORS = {"", "llm", "run", "compose", "generate", "batch", "shards", "bench", "serve"}
+DOORS = {"", "llm", "run", "compose", "generate", "batch", "shards", "bench", "serve", "chat", "terminal"}
 ALLOWED = (
     {"core": set(), "config": {"core"}, "validation": {"core", "config"}, "journal": {"core"}, "grammars": {"core"}}
     | {"logs": set(), "engine": NOUNS | MIDDLE | {"logs"}}
@@ -39,6 +39,8 @@ TORCHLESS = {
     "serve",
     "grammars",
     "logs",
+    "chat",
+    "terminal",
 }
 
 
