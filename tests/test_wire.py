@@ -78,6 +78,17 @@ def test_a_neighbour_that_closes_breaks_the_ring_at_once(ring: Callable[..., lis
         wires[2].receive()
 
 
+def test_what_a_neighbour_sent_before_it_closed_comes(ring: Callable[..., list[Wire]]) -> None:
+    wires = ring(3, deadline_s=60.0)
+    wires[1].send(frame(7))
+    wires[1].flush()
+    wires[1].close()
+    time.sleep(0.3)  # until the end of the connection has come too
+    assert int(wires[2].receive()[0]) == 7
+    with pytest.raises(WireBroken, match=r"^the stage before has closed its connection$"):
+        wires[2].receive()
+
+
 def test_a_silent_neighbour_breaks_the_ring_at_the_deadline(ring: Callable[..., list[Wire]]) -> None:
     wires = ring(2, deadline_s=1.0)
     began = time.monotonic()

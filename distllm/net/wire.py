@@ -108,7 +108,12 @@ class Wire:
         self._expect()
 
     def _expect(self) -> None:
-        self._receiving = self._group.recv([self._buffers[0]], self._before, _TAG)
+        """Has the next frame received. Whoever has sent its last one may be gone; that is told when one is missed."""
+        try:
+            self._receiving = self._group.recv([self._buffers[0]], self._before, _TAG)
+        except RuntimeError as error:
+            logger.debug("the stage before: %s", error)
+            self._receiving = None
 
     def receive(self) -> torch.Tensor:
         """The next frame, uint8; its memory is used again by the receive after the next one.
@@ -116,13 +121,15 @@ class Wire:
         Raises:
             WireBroken: the neighbour is gone or silent for the deadline.
         """
+        if self._receiving is None:
+            raise WireBroken("the stage before has closed its connection")
         try:
             self._receiving.wait()
-            frame = self._buffers[0]
-            self._buffers.rotate(-1)
-            self._expect()
         except RuntimeError as error:
             raise _broken("the stage before", error) from error
+        frame = self._buffers[0]
+        self._buffers.rotate(-1)
+        self._expect()
         return frame
 
     def send(self, frame: torch.Tensor) -> None:
