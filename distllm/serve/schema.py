@@ -51,6 +51,9 @@ class ChatMessage(Strict):
     content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_calls: list[CalledTool] | None = None
     tool_call_id: str | None = None
 
@@ -142,6 +145,11 @@ class Generation(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     def params(self) -> SamplingParams:
         """As the engine takes them; where OpenAI's API has a default, it is that."""
@@ -189,6 +197,7 @@ class ChatRequest(Generation):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

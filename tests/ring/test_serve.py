@@ -192,6 +192,16 @@ def test_tools_are_called(served: Served) -> None:
     assert not answer.choices[0].message.tool_calls
 
 
+def test_fields_that_change_nothing_are_taken(served: Served) -> None:
+    asked: dict[str, Any] = {"model": "little", "temperature": 0, "max_tokens": 4}
+    inert = {"user": "ann", "safety_identifier": "a", "prompt_cache_key": "b", "metadata": {"c": "d"}, "store": False}
+    inert |= {"service_tier": "auto", "modalities": ["text"]}
+    plain = served.client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
+    assert served.client.chat.completions.create(messages=MESSAGES, **asked, **inert).choices[0].message == plain
+    again = [*MESSAGES, plain.model_dump(), *MESSAGES]  # with a null for each field that it has not
+    assert served.client.chat.completions.create(messages=again, **asked).choices[0].message.content
+
+
 @pytest.mark.parametrize(
     ("asked", "kind", "words"),
     [
@@ -218,6 +228,8 @@ def test_tools_are_called(served: Served) -> None:
             openai.BadRequestError,
             "the grammar cannot be followed: .*frob",
         ),
+        ({"store": True}, openai.BadRequestError, "store"),
+        ({"service_tier": "flex"}, openai.BadRequestError, "service_tier"),
         ({"n": 1000}, openai.BadRequestError, "n: .*less than or equal to 128"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
