@@ -1,6 +1,6 @@
 """Requests of all kinds by the thousand: each is answered or refused in time, as the document says, and none does harm.
 
-`pytest -m slow tests/ring/test_fuzz.py` makes 10,000.
+The slow ones are 10,000.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
+import openai
 import pytest
 from fuzz_hooks import MODEL
 from hypothesis import HealthCheck, Phase, given, settings
 from nasty import Raw, requests
 from test_serve import Served
+from test_trial import HOSTILE
 
 REQUEST_TIMEOUT_S = 30
 REFUSED = {400, 401, 404, 405, 408, 409, 413, 429}
@@ -58,6 +61,13 @@ def test_what_schemathesis_makes_of_the_document(served: Served, phases: str, ex
     assert done.returncode == 0, done.stdout
     (generated,) = re.findall(r"(\d+) generated", done.stdout)
     assert int(generated) >= least
+
+
+@pytest.mark.parametrize("schema", HOSTILE, ids=["its stack", "its time"])
+def test_a_grammar_that_would_take_rank_0_down(served: Served, schema: dict[str, Any]) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="reading it takes more than 1 s"):
+        served.client.completions.create(model=MODEL, prompt="a", extra_body={"response_format": wanted})
 
 
 @pytest.mark.parametrize("examples", [150, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
