@@ -152,7 +152,8 @@ class Server:
             with suppress(TimeoutError), self.exchanges.followed(exchange):
                 await asyncio.wait_for(asyncio.shield(exchange.accepted), KEEP_ALIVE_S)
             events = self._events(exchange, answer, heard)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            headers = {"Cache-Control": "no-cache", "X-Last-Event-ID": _event_id(exchange, heard)}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         with self.exchanges.followed(exchange):
             whole = asyncio.create_task(_whole(exchange))
             leaving = asyncio.create_task(_gone(request))
@@ -181,7 +182,7 @@ class Server:
                         continue
                     place, piece = each
                     heard[place] += 1
-                    yield _event(answer.chunk(place, piece), f"{exchange.name}:{','.join(map(str, heard))}")
+                    yield _event(answer.chunk(place, piece), _event_id(exchange, heard))
                 if exchange.about.usage:
                     yield _event(answer.usage_chunk(exchange.calls))
                 yield "data: [DONE]\n\n"
@@ -198,6 +199,11 @@ async def _gone(request: Request) -> None:
     """Until whoever asked goes away."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.1)
+
+
+def _event_id(exchange: Exchange, heard: Sequence[int]) -> str:
+    """That of the last event of a client that has so many pieces of each answer."""
+    return f"{exchange.name}:{','.join(map(str, heard))}"
 
 
 def _event(chunk: dict[str, Any], name: str | None = None) -> str:

@@ -302,6 +302,7 @@ def test_a_stream_is_resumed_after_the_front_has_died(served: Served, alone: LLM
     expected = alone.generate(PROMPT, SamplingParams(max_tokens=80, **SEEDED, ignore_eos=True))[0]  # type: ignore
     asked = {"model": "little", "prompt": PROMPT, "max_tokens": 80, "stream": True, **SEEDED}
     came: list[tuple[str, str]] = []
+    begun: list[str] = []
     short = {"model": "little", "prompt": PROMPT, "max_tokens": 3}
     key = {"Idempotency-Key": "before"}
     before = httpx2.post(f"{served.url}/v1/completions", json=short, headers=key, timeout=60).json()
@@ -309,6 +310,7 @@ def test_a_stream_is_resumed_after_the_front_has_died(served: Served, alone: LLM
 
     def listen() -> None:
         with httpx2.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=60) as answer:
+            begun.append(answer.headers["x-last-event-id"])
             for event in events(answer):
                 came.append(event)
                 if len(came) == 9:
@@ -324,6 +326,9 @@ def test_a_stream_is_resumed_after_the_front_has_died(served: Served, alone: LLM
     with httpx2.stream("POST", f"{served.url}/v1/completions", json=asked, headers=headers, timeout=60) as answer:
         came += events(answer)
     assert "".join(text for _, text in came) == expected.text
+    headers = {"Last-Event-ID": begun[0]}  # of a client that has heard nothing
+    with httpx2.stream("POST", f"{served.url}/v1/completions", json=asked, headers=headers, timeout=60) as answer:
+        assert "".join(text for _, text in events(answer)) == expected.text
     assert "going on with 1 request" in served.errors()
     again = httpx2.post(f"{served.url}/v1/completions", json=short, headers=key, timeout=60).json()
     assert again == before
