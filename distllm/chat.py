@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -124,26 +125,30 @@ class Chat:
         reason = None
         with self._terminal.listening() as stopped:
             number = self._llm.submit(request, heard.put)
-            while reason is None:
-                if stopped():
-                    self._llm.cancel(number)
-                    break
-                try:
-                    piece = heard.get(timeout=LISTEN_S)
-                except queue.Empty:
-                    continue
-                if isinstance(piece, Exception):
-                    raise piece
-                pieces.append(piece)
-                self._terminal.show(piece.text)
-                reason = piece.finish_reason
-            self._terminal.show("\n")
+            try:
+                while reason is None and not stopped():
+                    with suppress(queue.Empty):
+                        pieces.append(self._shown(heard.get(timeout=LISTEN_S)))
+                        reason = pieces[-1].finish_reason
+            finally:
+                self._llm.cancel(number)  # one that is whole is no mistake
+                self._terminal.show("\n")
         if answer := "".join(piece.text for piece in pieces):
             self._conversation.turns.append((said, answer))
         if reason is None:
             self._say("stopped")
         elif reason == "length":
             self._say(f"cut off after {counted(sum(len(piece.token_ids) for piece in pieces), 'token')}")
+
+    def _shown(self, piece: Piece | Exception) -> Piece:
+        """
+        Raises:
+            EngineError: the engine has ended.
+        """
+        if isinstance(piece, Exception):
+            raise piece
+        self._terminal.show(piece.text)
+        return piece
 
     def _request(self, said: str) -> Request:
         """The conversation with a new message; its oldest turns are forgotten where it has outgrown the context.

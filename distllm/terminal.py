@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import termios
@@ -23,6 +24,8 @@ class Terminal:
         self._is_typed, self._is_seen = sys.stdin.isatty(), sys.stdout.isatty()
         self._in_line = False
         self._lock = threading.Lock()
+        if isinstance(sys.stdin, io.TextIOWrapper):  # what is no UTF-8 is refused with the message that has it
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         if self._is_typed and self._is_seen:
             with suppress(ImportError):  # editing, and the lines before by the arrow keys
                 import readline  # noqa: F401

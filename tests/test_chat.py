@@ -143,7 +143,9 @@ def command(*arguments: str) -> list[str]:
 
 def test_a_pipe(model: Path, answer: Callable[..., str]) -> None:
     asked = command(f"model.path={model}", "model.dtype=float32", "sampling.max_tokens=8", "chat.system=Be brief")
-    done = subprocess.run(asked, input=b"a\nb", capture_output=True, timeout=90, check=True)
+    done = subprocess.run(asked, input=b"a\n\xff\nb", capture_output=True, timeout=90, check=False)
     first = answer("a", system="Be brief")
     assert done.stdout.decode() == f"{first}\n{answer('a', first, 'b', system='Be brief')}\n"
     assert b"> " not in done.stderr
+    assert b"half a surrogate pair" in done.stderr
+    assert done.returncode == 1, "one could not be answered"
