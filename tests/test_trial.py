@@ -55,6 +55,16 @@ def test_a_grammar_that_takes_too_much_is_refused(schema: dict[str, Any]) -> Non
     run(test)
 
 
+def test_whatever_of_its_end_is_seen_first_it_is_refused() -> None:
+    async def test() -> None:
+        with trials() as tried:
+            for _ in range(10):
+                with pytest.raises(Refusal):
+                    await tried.attempt(call(HOSTILE[0]))
+
+    run(test)
+
+
 def test_what_is_no_grammar_is_refused_with_the_reason_and_costs_no_process() -> None:
     async def test() -> None:
         with trials() as tried:

@@ -94,12 +94,12 @@ class Trials:
             said = await process.stdout.readline()
         except ConnectionError:
             pass  # it has died of it
-        finally:
-            if not said.endswith(b"\n"):  # also if nobody waits any more
-                self._process = None
-                if process.returncode is None:
-                    process.kill()
+        except asyncio.CancelledError:
+            self.close()
+            self._process = None
+            raise
         if not said.endswith(b"\n"):
+            self._process = None
             if await process.wait() not in DEADLY:
                 raise Unavailable("the process that tries grammars has ended")
             return f"reading it takes more than {CPU_S:.0f} s, or more memory than a grammar may"
