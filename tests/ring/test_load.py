@@ -12,9 +12,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "load.py"
 
 
-@pytest.mark.parametrize(
-    "victim", ["worker", pytest.param("master", marks=pytest.mark.slow), pytest.param("front", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["worker", "master", "front"])
 def test_no_answer_is_lost_or_mixed_up_when_one_dies(smollm2: Path, tmp_path: Path, victim: str) -> None:
     told = tmp_path / "told.json"
     words = ["--clients", "12", "--at-once", "8", "--minutes", "0.1", "--requests", "8", "--longest", "24"]

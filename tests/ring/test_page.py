@@ -174,6 +174,7 @@ def test_rank_0_is_told_of_when_it_dies_and_comes_back(page: Page, served: Serve
     expect(page.locator("#stages .stage")).to_have_count(3)
 
 
+@pytest.mark.slow
 def test_the_page_waits_for_a_server_that_is_away_and_its_chat_goes_on(page: Page, served: Served) -> None:
     expect(page.locator("#state")).to_have_text("Ready")
     expected = answer(served, STORY, max_completion_tokens=200)

@@ -139,6 +139,7 @@ def test_what_is_said_is_remembered_and_ctrl_c_stops_an_answer(
         assert screen.ask(ITALY) == answer(alone, *talk, ITALY), "what there was of the answer is remembered"
 
 
+@pytest.mark.slow
 def test_an_answer_goes_on_when_a_rank_is_lost(smollm2: Path, alone: LLM, tmp_path: Path) -> None:
     with conversation([*WORKERS, "cluster.restarts=0"], smollm2, tmp_path) as screen:
         screen.ask(STORY, until="(?s)(?=.{60})")
