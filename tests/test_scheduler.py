@@ -83,7 +83,7 @@ class Stages:
     def _places(self, row: Row) -> list[tuple[int, int]]:
         blocks = [block for first, count in row.runs for block in range(first, first + count)]
         assert len(set(blocks)) == len(blocks)
-        assert len(blocks) >= -(-row.stop // self.block_tokens), "runs are the blocks of [0, stop)"
+        assert len(blocks) == -(-row.stop // self.block_tokens), "runs are the blocks of [0, stop), no more"
         return [(block, offset) for block in blocks for offset in range(self.block_tokens)]
 
 

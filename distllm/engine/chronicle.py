@@ -10,7 +10,14 @@ from typing import Literal
 
 from distllm.core import Member, Span
 
-Kind = Literal["lost", "broke", "recovered", "changed", "joined", "left"]
+Kind = Literal[
+    "lost",  # a rank, by name
+    "broke",  # the ring, without a loss
+    "recovered",  # there is a ring again
+    "changed",  # the plan, without a loss
+    "joined",  # a rank
+    "left",  # a rank that was told to
+]
 
 KEPT = 100
 

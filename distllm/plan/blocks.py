@@ -93,8 +93,8 @@ class BlockPool:
         for run in holding.runs if holding else ():
             self._give_back(*run)
 
-    def trim(self, owner: int, blocks: int) -> None:
-        """Frees all blocks of an owner but the first ones; it expects no more."""
+    def trim(self, owner: int, blocks: int, *, expected: int) -> None:
+        """Frees all blocks of an owner but the first ones; `expected` as in `take`."""
         holding = self._holdings[owner]
         while holding.blocks > blocks:
             first, length = holding.runs.pop()
@@ -103,7 +103,7 @@ class BlockPool:
                 holding.runs.append((first, length - cut))
             holding.blocks -= cut
             self._give_back(first + length - cut, cut)
-        holding.expected = blocks
+        holding.expected = expected
 
     def rename(self, owner: int, name: int) -> None:
         """An owner's blocks are those of another, who has none."""

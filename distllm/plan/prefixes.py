@@ -80,7 +80,7 @@ class Prefixes:
             theirs = self._paths[other]
             if (matters := _matter(len(theirs))) <= len(path) and theirs[matters - 1] is path[matters - 1]:
                 self.release(other)
-        self._pool.trim(owner, len(path))
+        self._pool.trim(owner, len(path), expected=len(path))
         self._kept[owner] = None
         self.kept_blocks += len(path)
         while self.kept_blocks > self._most_blocks:
@@ -168,7 +168,7 @@ class Prefixes:
         self.kept_blocks -= self._pool.held(kept)
         self._forget(kept)
         self._pool.rename(kept, owner)
-        self._pool.trim(owner, blocks)
+        self._pool.trim(owner, blocks, expected=blocks)
 
     def copies(self, donor: int, owner: int, blocks: int) -> tuple[tuple[int, int, int], ...]:
         """What to copy for the first blocks of `owner` to be those of `donor`: first blocks of each, and how many."""

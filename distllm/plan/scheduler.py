@@ -244,8 +244,9 @@ class Scheduler:
             copies = self._prefixes.copies(donor, job.request.id, alike)
         if 0 < len(copies) <= MOST_COPIES:
             self._reuse(job, alike)
-        else:
+        elif donor is not None:
             copies, stop = (), min(job.cached + budget, job.known)
+            self._pool.trim(job.request.id, self._blocks(stop), expected=self._expected(job, stop))
         return job.row(self._next_step, stop, self._pool.runs(job.request.id), copies)
 
     def _donor(self, job: Underway) -> tuple[int | None, int]:
@@ -296,10 +297,11 @@ class Scheduler:
 
     def _reserve(self, job: Underway, stop: int) -> bool:
         """Sees to blocks for positions [0, stop), preempting younger requests if it must; False if there are none."""
-        count = max(0, self._blocks(stop) - self._pool.held(job.request.id))
-        if count > 0 and not self._may_take(job):
+        count = self._blocks(stop) - self._pool.held(job.request.id)
+        if count and not self._may_take(job):
             return False
-        self._prefixes.make_room(job.request.id, count, self._blocks(job.known))
+        if count:
+            self._prefixes.make_room(job.request.id, count, self._blocks(job.known))
         while count > self._pool.free:
             younger = (other for other in reversed(self._running) if other.age > job.age and not other.in_flight)
             victim = next(younger, None)
@@ -308,11 +310,14 @@ class Scheduler:
                 return False
             self._preempt(victim)
             self.preemptions += 1
-        expected = self._blocks(max(stop, min(job.longest, self._limit)))
-        self._pool.take(job.request.id, count, expected=expected)
+        self._pool.take(job.request.id, count, expected=self._expected(job, stop))
         if self._claim is job:
             self._claim = None
         return True
+
+    def _expected(self, job: Underway, stop: int) -> int:
+        """Blocks that it is likely to have in the end."""
+        return self._blocks(max(stop, min(job.longest, self._limit)))
 
     def _preempt(self, job: Underway) -> None:
         """Forgets a request's KV, keeps its tokens, and puts it back to its place in the queue."""

@@ -8,18 +8,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal[
-    "started",  # the server, or rank 0
-    "ready",  # the model is loaded
-    "lost",  # a rank, by name
-    "broke",  # the ring, without a loss
-    "recovered",  # there is a ring again
-    "changed",  # the plan, without a loss
-    "joined",  # a rank
-    "left",  # a rank that was told to
-    "ended",  # rank 0
-    "failed",  # a request
-]
+from distllm.engine import chronicle
+
+Kind = (
+    chronicle.Kind
+    | Literal[
+        "started",  # the server, or rank 0
+        "ready",  # the model is loaded
+        "ended",  # rank 0
+        "failed",  # a request
+    ]
+)
 KEPT = 200
 
 
