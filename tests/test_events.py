@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 from distllm.core import Member, Span
 from distllm.engine import chronicle
@@ -43,10 +43,6 @@ def test_only_the_newest_are_kept() -> None:
         front.add("failed", str(number))
     assert len(told(ranks)) == chronicle.KEPT
     assert [each["text"] for each in front.told()] == [str(each) for each in range(2 * events.KEPT, 3 * events.KEPT)]
-
-
-def test_the_front_knows_every_kind_that_rank_0_tells() -> None:
-    assert set(get_args(chronicle.Kind)) <= set(get_args(events.Kind))
 
 
 def test_who_is_lost_is_missing_until_another_comes_in_its_place() -> None:
