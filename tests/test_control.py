@@ -44,6 +44,9 @@ MASTER = (
     PEER.replace("sys.stdin.readline()\n", "")
     + """
 import gc
+import random
+import signal
+import time
 from torch.distributed import rpc
 from torch.distributed.rpc import _utils
 
@@ -51,6 +54,28 @@ def crowd(size):
     for index in range(size):
         node.agent._group._store.set(f"addrs/extra{index}", "uv://127.0.0.1:1")
         _utils._update_group_membership(rpc.WorkerInfo(f"extra{index}", 1000 + index), [], {}, True)
+
+class Interrupted(BaseException):
+    pass
+
+raised = []
+
+def strike(*_):
+    raised.append(time.monotonic())
+    raise Interrupted
+
+def interrupt(peer, tries):
+    "Strikes once at any moment of a call, and again three seconds later where that was not heard; says how often."
+    random.seed(0)
+    signal.signal(signal.SIGALRM, strike)
+    for _ in range(tries):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0001, 0.002), 3.0)
+            while True:
+                [answer.wait() for answer in [peer.ask("echo", 1, timeout_s=5) for _ in range(4)]]
+        except Interrupted:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    return len(raised)
 
 peers = {}
 strays = []
@@ -76,6 +101,8 @@ for line in sys.stdin:
         elif verb == "crowd":
             crowd(int(rest[0]))
             print("ok", flush=True)
+        elif verb == "interrupt":
+            print(interrupt(peers[rest[0]], int(rest[1])), flush=True)
         elif verb == "drop":
             del peers[rest[0]]
             gc.collect()
@@ -132,6 +159,18 @@ def test_the_group_lives_through_deaths(port: int) -> None:
                 processes.append(late := Process(PEER, 9, port))
                 assert late.hear() == "cannot join the other ranks within 8 s; has one died?"
             assert master.say(f"bury {name} all") == "ok"
+    finally:
+        _end(processes)
+
+
+@pytest.mark.timeout(150)
+def test_an_interrupt_is_heard_at_any_moment_of_a_call(port: int) -> None:
+    processes = [master := Process(MASTER, 0, port), peer := Process(PEER, 1, port)]
+    try:
+        master.hear()
+        name = peer.hear()
+        assert master.say(f"know {name}") == "ok"
+        assert master.say(f"interrupt {name.split()[0]} 1000") == "1000"
     finally:
         _end(processes)
 

@@ -188,7 +188,15 @@ def _exposed(key: str) -> object:
 
 
 def _call(key: str, verb: str, args: tuple[object, ...]) -> object:
-    method: Callable[..., object] = getattr(_desk[key], verb)
+    return _invoke(_desk[key], verb, args)
+
+
+def _call_owned(reference: Any, verb: str, args: tuple[object, ...]) -> object:
+    return _invoke(reference.local_value(), verb, args)
+
+
+def _invoke(thing: object, verb: str, args: tuple[object, ...]) -> object:
+    method: Callable[..., object] = getattr(thing, verb)
     return method(*args)
 
 
@@ -229,9 +237,11 @@ class Peer:
 
     def ask(self, verb: str, *args: object, timeout_s: float) -> Answer:
         """Calls a method there; the answer comes later."""
+        # Not by the reference's own `rpc_async`: it goes through callbacks in Python, and what is raised in them torch
+        # swallows. An interrupt would be lost there, and the answer with it.
+        asked = (self._reference, verb, args)
         try:
-            proxy = self._reference.rpc_async(timeout=timeout_s)
-            return Answer(self.identity.name, getattr(proxy, verb)(*args))
+            return Answer(self.identity.name, rpc.rpc_async(self.identity.name, _call_owned, asked, timeout=timeout_s))
         except RuntimeError as error:
             raise _lost(self.identity.name, error) from error
 
