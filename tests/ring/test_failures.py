@@ -151,7 +151,12 @@ FORMING_S = 60  # a death is noticed at once, however long the ring may take
         pytest.param("hang", "load", r" stands still while loading for \d s", marks=pytest.mark.slow),
         ("kill", "load", " is lost: its connection is closed$"),
         ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
-        ("hang", "join", r" hangs in the forming of the ring for \d s; it finished no step of a request"),
+        pytest.param(
+            "hang",
+            "join",
+            r" hangs in the forming of the ring for \d s; it finished no step of a request",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("kill", "join", " is lost: its connection is closed$", marks=pytest.mark.slow),
         pytest.param(
             "hang",

@@ -202,9 +202,9 @@ def answer(model: Path) -> Iterator[str]:
 EVERY = [
     ("raise", "step", " failed in step 5: RuntimeError: no such kernel"),
     ("segfault", "step", " is lost: its connection is closed"),
-    ("exit", "step", " is lost: its connection is closed"),
     ("kill", "load", " is lost: its connection is closed"),
     ("kill", "join", " is lost: its connection is closed"),
+    ("exit", "step", " is lost: its connection is closed"),
     ("hang", "step", r" hangs in step 5 for \d s"),
     ("kill", "timing", " is lost: its connection is closed"),
     ("hang", "load", r" stands still while loading for \d s"),
@@ -213,7 +213,7 @@ EVERY = [
     ("raise", "join", " failed in the forming of the ring: RuntimeError: no such kernel"),
     ("raise", "timing", " failed in a step that times the stages: RuntimeError: no such kernel"),
 ]
-SHORT = 4
+SHORT = 3
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_a_beginning_in_common_is_computed_once_and_changes_no_token(tmp_path: P
     prompts = [common[: 60 * (n % 3)] + [draw.randrange(256) for _ in range(1 + n)] for n in range(24)]
     params = SamplingParams(max_tokens=16, temperature=0.8, seed=5, ignore_eos=True)
     answers = []
-    for keep in (None, 0):
-        with opened(folder, 3, kv_tokens=kv_tokens, prompt_chunk=48, max_requests=8, prefix_tokens=keep) as llm:
+    for ranks, keep in ((3, None), (1, 0)):
+        with opened(folder, ranks, kv_tokens=kv_tokens, prompt_chunk=48, max_requests=8, prefix_tokens=keep) as llm:
             several = llm.generate(prompts, params)
             again = [llm.generate([prompt], params)[0] for prompt in prompts[-3:]]
             answers.append([output.token_ids for output in (*several, *again)])
@@ -132,7 +132,7 @@ print(len(next(stream).token_ids))
 """
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_program_may_end_in_the_middle_of_an_answer(tmp_path: Path, ranks: str) -> None:
     command = [sys.executable, "-c", NEVER_CLOSED, str(tiny_checkpoint(tmp_path)), ranks]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
