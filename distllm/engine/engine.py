@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 
-from distllm.core import EngineError, Member, Request
+from distllm.core import EngineError, Member, Request, Stage
 from distllm.engine import host
 from distllm.engine.cluster import Cluster
 from distllm.engine.delivery import Delivery, Sink
@@ -22,6 +22,7 @@ from distllm.engine.options import Options
 from distllm.engine.orders import Status
 from distllm.engine.pipeline import Pipeline
 from distllm.engine.reader import Reader
+from distllm.engine.stats import StageTotals
 from distllm.engine.stored import stored_quantization
 from distllm.model import pages
 from distllm.net.store import Rendezvous
@@ -130,57 +131,48 @@ class Engine:
 
     def stats(self) -> dict[str, object]:
         """What each rank holds and how it spends its time: in this epoch, and in all of them (`spent`)."""
-        totals = self.master.stats
-        stages = totals.stages  # a new epoch makes another list
-        cluster = self._ranks.cluster
-        members = cluster.members if cluster else dict(enumerate(self.job.members))
-        said = cluster.statuses([rank for rank in members if rank != 0], STATS_TIMEOUT_S) if cluster else {}
-        heard = {rank: status for rank, status in said.items() if isinstance(status, Status)}
-        mine = self.master.pipeline
-        heard[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
-        ranks = []
-        for place, stage in enumerate(self.job.plan.stages):
-            spent = stages[place] if place < len(stages) else None
-            ranks.append(
-                {
-                    **_who(stage.rank, members),
-                    "span": str(stage.span),
-                    "layers": (stage.span.start, stage.span.stop),
-                    "weight_bytes": stage.weight_bytes,
-                    "kv_bytes": stage.kv_bytes,
-                    "read_bytes": heard[stage.rank].read_bytes if stage.rank in heard else 0,
-                    "held_bytes": heard[stage.rank].held_bytes if stage.rank in heard else 0,
-                    "peak_rss_bytes": heard[stage.rank].peak_bytes if stage.rank in heard else 0,
-                    "wait_s": spent.wait if spent else 0.0,
-                    "layers_s": spent.body if spent else 0.0,
-                    "head_s": spent.head if spent else 0.0,
-                }
-            )
-        parts = {stage.rank for stage in self.job.plan.stages}
+        totals, crew, plan = self.master.stats, self.job.crew, self.job.plan
+        stages = [*totals.stages, *(StageTotals() for _ in plan.stages)]  # a new epoch's come with a step
+        members = self._members()
+        said = self._statuses(members)
+        idle = members.keys() - {stage.rank for stage in plan.stages}
         return {
             "time": time.time(),
-            "ranks": ranks,
-            "idle": [
-                _who(rank, members) | {"state": heard[rank].state if rank in heard else "silent"}
-                for rank in members
-                if rank not in parts
+            "ranks": [
+                _who(stage.rank, members) | _held(stage, said.get(stage.rank, Status())) | _times(spent)
+                for stage, spent in zip(plan.stages, stages, strict=False)
             ],
-            "epoch": mine.epoch,
+            "idle": [
+                _who(rank, members) | {"state": said[rank].state if rank in said else "silent"} for rank in sorted(idle)
+            ],
+            "epoch": self.master.pipeline.epoch,
             "mending": self.job.mending,
             "steps": totals.steps,
             "tokens": totals.tokens,
             "busy_s": totals.busy_s,
             "tokens_per_s": totals.tokens / totals.busy_s if totals.busy_s else 0.0,
-            "verdicts": list(self.job.crew.verdicts),
-            "faults": dict(self.job.crew.faults),
+            "verdicts": list(crew.verdicts),
+            "faults": dict(crew.faults),
             "epochs": self.job.epochs,
             "spent": [
                 {"rank": rank, "busy_s": spent.body + spent.head, "wait_s": spent.wait, "sent_bytes": spent.sent}
                 for rank, spent in dict(totals.ranks).items()  # the engine's thread adds to it
             ],
-            **self.job.crew.chronicle.told(),
+            **crew.chronicle.told(),
             **self.master.load(),
         }
+
+    def _members(self) -> dict[int, Member]:
+        cluster = self._ranks.cluster
+        return cluster.members if cluster else dict(enumerate(self.job.members))
+
+    def _statuses(self, ranks: Iterable[int]) -> dict[int, Status]:
+        """What those say of themselves that answer."""
+        cluster, mine = self._ranks.cluster, self.master.pipeline
+        others = cluster.statuses([rank for rank in ranks if rank != 0], STATS_TIMEOUT_S) if cluster else {}
+        said = {rank: status for rank, status in others.items() if isinstance(status, Status)}
+        said[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
+        return said
 
     def close(self) -> None:
         """Ends what was opened; once is enough, twice does no harm."""
@@ -192,6 +184,22 @@ def _who(rank: int, members: Mapping[int, Member]) -> dict[str, object]:
     """A rank by its name; one that has gone just now has no process any more."""
     member = members.get(rank)
     return {"rank": rank, "host": member.host if member else None, "pid": member.pid if member else None}
+
+
+def _held(stage: Stage, status: Status) -> dict[str, object]:
+    return {
+        "span": str(stage.span),
+        "layers": (stage.span.start, stage.span.stop),
+        "weight_bytes": stage.weight_bytes,
+        "kv_bytes": stage.kv_bytes,
+        "read_bytes": status.read_bytes,
+        "held_bytes": status.held_bytes,
+        "peak_rss_bytes": status.peak_bytes,
+    }
+
+
+def _times(spent: StageTotals) -> dict[str, object]:
+    return {"wait_s": spent.wait, "layers_s": spent.body, "head_s": spent.head}
 
 
 def _scheduler(job: Job, pipeline: Pipeline) -> Scheduler:
