@@ -126,8 +126,13 @@ class LLM:
             raise SystemExit(serve_here(options.cluster))
         if rendezvous is not None and rendezvous.world_size > 1:
             home.meet(rendezvous)
-        self._reader = model if isinstance(model, Reader) else Reader(options.model)
-        self._engine = Engine(options, self._reader, rendezvous)
+        if rendezvous is None:
+            home.summon(options.cluster)
+        try:
+            self._reader = model if isinstance(model, Reader) else Reader(options.model)
+            self._engine = Engine(options, self._reader, rendezvous)
+        finally:
+            home.send_away()
 
     @property
     def plan(self) -> Plan:

@@ -96,6 +96,7 @@ def _lead(given: Sequence[str], front: Front | None) -> int:
             sys.stdout.flush()
         finally:
             _ignore_signals()
+            _send_ranks_away()
     except BrokenPipeError:
         code, over = 1, True  # whoever read standard output has had enough
     except (ValueError, EngineError, OSError) as error:
@@ -215,6 +216,12 @@ def _hold_ranks() -> None:
         home.home.hold()
 
 
+def _send_ranks_away() -> None:
+    """Those that this process has started and found nothing to do for."""
+    if (home := sys.modules.get("distllm.engine.home")) is not None:
+        home.home.send_away()
+
+
 def _ignore_signals() -> None:
     """What is on its way out ends by itself, and soon."""
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -268,11 +275,10 @@ def _serve_http(config: Config, given: Sequence[str]) -> tuple[int, bool]:
 
 def _serve_front(config: Config, front: Front) -> int:
     """Rank 0 of an HTTP front."""
-    from distllm.engine.reader import Reader
     from distllm.serve.backend import Backend, Pipe
 
     pipe = Pipe(front.connection)
-    with _opened(config, Reader(config.model)) as llm:
+    with _opened(config, _reader(config)) as llm:
         front.keeps = True  # from here on
         Backend(llm, pipe).serve()
     pipe.close()
@@ -282,7 +288,6 @@ def _serve_front(config: Config, front: Front) -> int:
 def _chat(config: Config) -> int:
     """A conversation by the terminal."""
     from distllm.chat import Chat
-    from distllm.engine.reader import Reader
     from distllm.terminal import Terminal
 
     terminal = Terminal()
@@ -291,7 +296,7 @@ def _chat(config: Config) -> int:
             handler.setStream(terminal)
     if _number("TORCHELASTIC_RESTART_COUNT", 0) > 0:
         logger.warning("rank 0 was started again, and the conversation begins anew")
-    reader = Reader(config.model)
+    reader = _reader(config)
     reader.chat_request([{"role": "user", "content": "Hi"}])  # refused before ranks come up
     with _opened(config, reader) as llm:
         return Chat(llm, reader, terminal, config.sampling.params(), system=config.chat.system).run()
@@ -300,7 +305,6 @@ def _chat(config: Config) -> int:
 def _generate(config: Config) -> int:
     """One prompt streamed, or a file of them."""
     from distllm import batch, generate
-    from distllm.engine.reader import Reader
 
     output = None if config.output is None else Path(config.output)
     params = config.sampling.params()
@@ -308,19 +312,30 @@ def _generate(config: Config) -> int:
         logger.warning("rank 0 was started again, and begins anew; with prompts=FILE output=FILE it would go on")
     if config.prompts is None:
         prompt = generate.read_prompt(DEFAULT_PROMPT if config.prompt is None else config.prompt)
-        reader = Reader(config.model)
+        reader = _reader(config)
         request = reader.request(prompt, params)
         with _opened(config, reader) as llm:
             return generate.stream(llm, request)
     lines = generate.read_lines(Path(config.prompts))
     if output is not None:
         batch.check_room(output, lines, params.max_tokens)
-    reader = Reader(config.model)
+    reader = _reader(config)
     questions = generate.Questions(reader, lines, params)
     with batch.Printed() if output is None else batch.saved(output, config, reader, questions) as answers:
         questions.asked = answers.resume(questions.asked)
         with _opened(config, reader) if questions.asked else nullcontext() as llm:
             return batch.batch(llm, questions, answers)
+
+
+def _reader(config: Config) -> Reader:
+    """The model, looked through while ranks that are to be started here start."""
+    from distllm.engine.home import home
+    from distllm.engine.reader import Reader
+    from distllm.llm import launched
+
+    if launched() is None:
+        home.summon(config.cluster)
+    return Reader(config.model)
 
 
 def _opened(config: Config, reader: Reader) -> LLM:

@@ -28,7 +28,27 @@ class Home:
         self._node: Node | None = None
         self._promised: Rendezvous | None = None
         self._launched: Cluster | None = None
+        self._summoned: LocalRanks | None = None
         self._busy = False
+
+    def summon(self, config: ClusterConfig) -> None:
+        """Has the ranks come that `start` will want: they have as much to import as this process, and do so meanwhile.
+
+        Whoever calls this calls `start` with the same configuration, or `send_away`.
+
+        Raises:
+            ValueError, EngineError: there is no place for them to meet; the sentence says why.
+        """
+        if config.workers > 1 and self._summoned is None and not self._busy:
+            self._end_at_exit()
+            self._summoned = self._local_ranks(config)
+
+    def send_away(self) -> None:
+        """Ends those that were summoned and that nobody has wanted."""
+        summoned, self._summoned = self._summoned, None
+        if summoned is not None and self._node is not None:
+            summoned.kill()
+            self._node.agent.bury_others()
 
     def start(self, config: ClusterConfig) -> Cluster:
         """Starts `config.workers` ranks in all on this host, this process being rank 0.
@@ -41,18 +61,20 @@ class Home:
         with ExitStack() as on_error:
             on_error.callback(self.release)
             node = self._local_node(config)
-            rendezvous = replace(node.rendezvous, world_size=config.workers)
-            local = LocalRanks(
-                rendezvous,
-                join_timeout_s=config.join_timeout_s,
-                deadline_s=config.deadline_s,
-                restarts=config.restarts,
-            )
+            local, self._summoned = self._summoned or self._local_ranks(config), None
             on_error.callback(node.agent.bury_others)
             on_error.callback(local.end)
             cluster = _cluster(node, local, config.workers, config)
             on_error.pop_all()
         return cluster
+
+    def _local_ranks(self, config: ClusterConfig) -> LocalRanks:
+        return LocalRanks(
+            replace(self._local_node(config).rendezvous, world_size=config.workers),
+            join_timeout_s=config.join_timeout_s,
+            deadline_s=config.deadline_s,
+            restarts=config.restarts,
+        )
 
     def _local_node(self, config: ClusterConfig) -> Node:
         if self._node is None:

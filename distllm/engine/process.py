@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -193,8 +194,10 @@ def _serve_on(node: Node, cluster: ClusterConfig) -> int:
     allegiance = Allegiance(node, member, cluster.deadline_s)
     watch = Watch(node.rendezvous, allegiance, member, worker, cluster.orphan_deadline_s)
     watch.listen()
+    # A program that started this rank may take its time to read a model, and its end is noticed.
+    patience_s = math.inf if node.rendezvous.one_host else cluster.join_timeout_s
     try:
-        allegiance.pledge(cluster.join_timeout_s, unless=watch.is_over)
+        allegiance.pledge(patience_s, unless=watch.is_over)
     except ConnectionError as error:
         logger.info("rank %d ends: %s", rank, error)
         return 1

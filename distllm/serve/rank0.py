@@ -128,7 +128,7 @@ class Rank0:
 
         One that dies is started again, and asked everything again, with what is there of each answer.
         """
-        pause_s = FIRST_PAUSE_S
+        pause_s = 0.0
         while True:
             before = self.comings
             code = await self._live()
@@ -136,7 +136,7 @@ class Rank0:
             if self._stopping.is_set() or self.comings == 0:
                 break
             self._metrics.rank0_ended(code)
-            pause_s = FIRST_PAUSE_S if self.comings > before else min(2 * pause_s, LONGEST_PAUSE_S)
+            pause_s = 0.0 if self.comings > before else min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
             left = counted(self.calls, "answer")
             logger.warning("rank 0 %s; it is started again, with %s to go on", _how(code), left)
             self.events.add("ended", f"rank 0 {_how(code)}; it is started again, with {left} to go on")
