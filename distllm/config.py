@@ -205,6 +205,7 @@ class ServeConfig:
     keep_s: float = key(600.0, "how long whole answers are kept there, for Idempotency-Key and Last-Event-ID")
     redact: bool = key(False, "take prompts out of it as soon as they are answered")
     resume_s: float = key(60.0, "how long clients have to come back to their streams after a restart")
+    standby: bool = key(False, "keep a second process at hand for rank 0, so that its death costs less time")
     drain_s: float = key(15.0, "longest time that answers may take to end when the server is told to end")
 
 

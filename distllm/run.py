@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,7 +24,7 @@ from distllm import logs
 from distllm.compose import compose, help_text, split_arguments, yaml_of
 from distllm.config import SHARD_TASKS, Config
 from distllm.core import EngineError
-from distllm.serve.messages import FrontLost
+from distllm.serve.messages import WAKE, FrontLost, Role
 from distllm.validation import validate
 
 if TYPE_CHECKING:
@@ -49,7 +49,15 @@ class Front:
     """The HTTP front that this process is rank 0 of; if it `keeps` on, it starts another one when this one ends."""
 
     connection: socket.socket
-    keeps: bool = False
+    role: Role
+    keeps: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.keeps = self.role is not Role.FIRST
+
+    def wait_to_be_woken(self) -> bool:
+        """Whether rank 0's turn has come for a process that stands by; if the front is gone, it never does."""
+        return self.connection.recv(len(WAKE)) == WAKE
 
 
 def main(arguments: Sequence[str] | None = None, front: Front | None = None) -> NoReturn:
@@ -277,8 +285,11 @@ def _serve_front(config: Config, front: Front) -> int:
     """Rank 0 of an HTTP front."""
     from distllm.serve.backend import Backend, Pipe
 
+    reader = _reader(config)
+    if front.role is Role.STANDBY and not front.wait_to_be_woken():
+        raise SystemExit(0)  # as if it had never been: of the job, others tell
     pipe = Pipe(front.connection)
-    with _opened(config, _reader(config)) as llm:
+    with _opened(config, reader) as llm:
         front.keeps = True  # from here on
         Backend(llm, pipe).serve()
     pipe.close()

@@ -14,7 +14,8 @@ from typing import Any
 
 from distllm.model.runner import Runner
 from distllm.run import Front, main
-from distllm.serve import rank0, suspects
+from distllm.serve import life, suspects
+from distllm.serve.messages import Role
 
 
 def poison(file: Path, poisonous: int) -> None:
@@ -35,7 +36,7 @@ if __name__ == "__main__":
     file, token, *words = sys.argv[1:]
     if words[0].isdecimal():  # rank 0's front says by which descriptor it hears
         poison(Path(file), int(token))
-        main(words[2:], Front(socket.socket(fileno=int(words[0])), keeps=words[1] == "keeps"))
-    rank0.PROGRAM = (__file__, file, token)
+        main(words[2:], Front(socket.socket(fileno=int(words[0])), Role(words[1])))
+    life.PROGRAM = (__file__, file, token)
     suspects.SUSPECT_DEATHS = suspects.ALONE_DEATHS = 1  # a death takes seconds
     main(words)

@@ -119,9 +119,10 @@ class Distllm(Server):
     def processes(self) -> dict[str, psutil.Process]:
         found = {"front": psutil.Process(self._process.pid)}
         with suppress(psutil.Error):
-            for child in found["front"].children():
-                if "distllm.serve" in child.cmdline():
-                    found |= {"rank 0": child} | self._workers(child)
+            started = [child for child in found["front"].children() if "distllm.serve" in child.cmdline()]
+            if started:
+                rank0 = min(started, key=psutil.Process.create_time)  # what stands by for it is younger
+                found |= {"rank 0": rank0} | self._workers(rank0)
         return found
 
     def _workers(self, rank0: psutil.Process) -> dict[str, psutil.Process]:

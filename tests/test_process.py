@@ -41,6 +41,7 @@ class Master:
 class Worker:
     def __init__(self) -> None:
         self.rests = 0
+        self.ring_broke = threading.Event()
         self.gone: Exception | None = None
 
     def rest(self) -> None:
@@ -69,6 +70,7 @@ def worker() -> Worker:
 def watch(master: Master, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watch]:
     monkeypatch.setattr(process, "WATCH_INTERVAL_S", 0.01)
     monkeypatch.setattr(process, "MASTER_PULSE_S", 0.0)
+    monkeypatch.setattr(process, "ORPHAN_PULSE_S", 0.0)
     monkeypatch.setattr(process, "LAST_WORD_S", 0.05)
 
     def make(orphan_deadline_s: float = 10.0, rendezvous: Rendezvous = NOBODYS) -> Watch:
@@ -124,6 +126,22 @@ def test_a_rank_that_has_no_master_any_more_ends(
     assert watch(orphan_deadline_s).wait() == 1
     assert [record.message for record in caplog.records] == [f"{MEMBER} ends: {told}"]
     assert worker.rests == 0
+
+
+def test_a_broken_ring_is_a_reason_to_look_for_the_master_at_once(
+    watch: Callable[..., Watch], master: Master, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "MASTER_PULSE_S", 1000.0)
+    mine = watch()
+    thread = threading.Thread(target=mine.wait)
+    thread.start()
+    assert not master.asked.wait(0.1)
+    worker.ring_broke.set()
+    assert master.asked.wait(10)
+    assert not worker.ring_broke.is_set()
+    mine.done.set()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_rank_rests_until_it_has_a_master_again(

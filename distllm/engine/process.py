@@ -31,8 +31,9 @@ from distllm.net.store import Rendezvous
 
 logger = logging.getLogger(__name__)
 
-WATCH_INTERVAL_S = 0.5
+WATCH_INTERVAL_S = 0.1
 MASTER_PULSE_S = 2.0
+ORPHAN_PULSE_S = 0.25
 # A launcher that ends a job signals all ranks at once. Those that are well stay this long, so that the master can still
 # ask who was not.
 LINGER_S = 4.0
@@ -95,8 +96,9 @@ class Watch:
             if os.getppid() != self._parent:
                 logger.warning("%s: its launcher is gone; ending", self._member)
                 return 1
-            if now < next_pulse:
+            if now < next_pulse and not self._worker.ring_broke.is_set():
                 continue
+            self._worker.ring_broke.clear()  # perhaps because the master has gone
             try:
                 next_pulse = self._pulse(now)
             except Unled as end:
@@ -122,12 +124,13 @@ class Watch:
         """
         if self._orphan_since is not None:
             self._look_for_master(now, self._orphan_since)
-            return now if self._orphan_since is not None else now + MASTER_PULSE_S
+            return now + (ORPHAN_PULSE_S if self._orphan_since is not None else MASTER_PULSE_S)
         try:
             if not self._allegiance.knows():
                 raise Unled("the master does not know it")
         except PeerLost as lost:
             self._lose_master(lost, now)
+            return now
         return now + MASTER_PULSE_S
 
     def _lose_master(self, lost: PeerLost, now: float) -> None:

@@ -84,10 +84,15 @@ class Snapshot:
 
 
 class Worker:
-    """The object of a rank that the master holds a reference to."""
+    """The object of a rank that the master holds a reference to.
+
+    Attributes:
+        ring_broke: set when a ring breaks, for whoever wants to know why.
+    """
 
     def __init__(self, rank: int, node: Node) -> None:
         self.rank = rank
+        self.ring_broke = threading.Event()
         self._node = node
         self._inbox: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._snapshot = Snapshot()
@@ -169,6 +174,7 @@ class Worker:
             self._snapshot.carried_out(str(error))
         except WireBroken as error:
             self._snapshot.carried_out(str(error), ring_broke=True)
+            self.ring_broke.set()
         except Exception as error:
             logger.exception("rank %d failed while %s", self.rank, state)
             self._snapshot.carried_out(f"{type(error).__name__}: {error}")

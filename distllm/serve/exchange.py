@@ -150,13 +150,21 @@ class Exchanges:
         most_calls: answers that are waited for at once, at most.
         resume_s: how long clients have to come back after this process was started again.
         timeout_s: longest time that one may take in this process; None for any.
+        stands_by: whether another process is to stand by for rank 0's.
     """
 
     def __init__(
-        self, ledger: Ledger, words: Sequence[str], *, most_calls: int, resume_s: float, timeout_s: float | None
+        self,
+        ledger: Ledger,
+        words: Sequence[str],
+        *,
+        most_calls: int,
+        resume_s: float,
+        timeout_s: float | None,
+        stands_by: bool,
     ) -> None:
         self.metrics = Metrics()
-        self.rank0 = Rank0(words, self._deliver, self.end, self.metrics)
+        self.rank0 = Rank0(words, self._deliver, self.end, self.metrics, stands_by=stands_by)
         self.metrics.watch(self.rank0, ledger)
         self._trials = Trials()
         self._ledger = ledger

@@ -98,6 +98,7 @@ async def _serve(
         most_calls=serve.max_queue,
         resume_s=serve.resume_s,
         timeout_s=serve.request_timeout_s,
+        stands_by=serve.standby,
     )
     routes = make_app(Server(exchanges, model=_name(config)))
     gate = Gate(routes, keys=keys, most_bytes=serve.max_body_bytes)

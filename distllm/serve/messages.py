@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import Any
 
 from distllm.core import FinishReason
@@ -13,6 +14,19 @@ from distllm.core import FinishReason
 class FrontLost(ConnectionError):
     """The HTTP front has ended without a word."""
 
+
+class Role(StrEnum):
+    """Why rank 0's process is started."""
+
+    FIRST = "first"
+    NEXT = "next"
+    """Another one was ready before it: if it fails, there is one to come."""
+    STANDBY = "standby"
+    """As the next one, when it is woken: until then it gets as far as it can by itself."""
+
+
+WAKE = b"\n"
+"""What a process that stands by is woken with."""
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,17 +13,16 @@ from typing import Any
 from distllm.plan.partition import counted
 from distllm.serve.calls import Call, Deadly
 from distllm.serve.events import Events
-from distllm.serve.messages import Drop, Failed, Grown, Message, Ready, Refused, Stop, Taken, Told, decode, encode
+from distllm.serve.life import Life
+from distllm.serve.messages import Drop, Failed, Grown, Message, Ready, Refused, Role, Stop, Taken, Told
 from distllm.serve.metrics import Metrics
 from distllm.serve.suspects import Suspects
 from distllm.serve.turns import Turns
 
 logger = logging.getLogger(__name__)
 
-PROGRAM = ("-m", "distllm.serve")
-READ_BYTES = 2**20
-END_TIMEOUT_S = 12.0  # with serve.drain_s less than the 30 s after which launchers kill
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+STANDBY_PAUSE_S = 3.0
 
 
 class Rank0:
@@ -46,6 +42,7 @@ class Rank0:
         journal: takes new pieces of answers before anybody hears of them.
         ending: is told when there will be no more, before those that wait are.
         metrics: are told what becomes of it, and what it tells.
+        stands_by: whether another process is to stand by while one is ready.
     """
 
     def __init__(
@@ -54,6 +51,8 @@ class Rank0:
         journal: Callable[[Sequence[tuple[Call, Grown]]], None],
         ending: Callable[[], None],
         metrics: Metrics,
+        *,
+        stands_by: bool,
     ) -> None:
         self._words = words
         self._journal = journal
@@ -65,8 +64,10 @@ class Rank0:
         self._suspects = Suspects()
         self._sent: set[str] = set()  # names of those that it was asked in this life
         self._most = 0
-        self._writer: asyncio.StreamWriter | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._stands_by = stands_by
+        self._life: Life | None = None
+        self._standby: Life | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self.ready = self.told = False
         self.comings = 0
@@ -160,61 +161,62 @@ class Rank0:
             call.fail(Deadly("the process that computes has died each time that it was asked for this answer"))
 
     async def stop(self) -> None:
-        """Ends the process in peace."""
+        """Ends the processes in peace."""
         self._stopping.set()
         self.told = self.ready
         self._send(Stop())
-        if self._process is not None and self._process.returncode is None:
+        if self._standby is not None:
+            await self._standby.killed()  # it has done nothing yet
+        if self._life is not None and self._life.code is None:
             if not self.ready:  # it listens only then
-                self._process.terminate()
-            await self._ended(self._process)
+                self._life.terminate()
+            await self._life.ended()
 
     async def _live(self) -> int:
         """One life of the process; its exit code."""
-        keeps = "keeps" if self.comings else "new"
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
-                self._process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, *PROGRAM, str(theirs.fileno()), keeps, *self._words),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    process_group=0,  # out of the terminal's, whose Ctrl-C is the front's to answer
-                    env={"OMP_NUM_THREADS": "1"} | os.environ,
-                )
-            except OSError as error:
-                ours.close()
-                logger.warning("rank 0 cannot be started: %s", error)
-                return 1
-        self._began = time.monotonic()
-        self.events.add("started", f"rank 0 is started, as pid {self._process.pid}")
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        if self._stopping.is_set():
-            self._process.terminate()
         try:
-            await self._listen(reader)
-        except ConnectionError as error:
-            logger.debug("rank 0: %s", error)
+            self._life = life = await self._next_life()
+        except OSError as error:
+            logger.warning("rank 0 cannot be started: %s", error)
+            return 1
+        self._began = time.monotonic()
+        if self._stopping.is_set():
+            life.terminate()
+        try:
+            async for messages in life.heard():
+                self._hear(messages)
         finally:
             self.ready = False
-            writer, self._writer = self._writer, None
-            writer.close()
-        return await self._ended(self._process)
+            life.hang_up()
+        return await life.ended()
 
-    async def _ended(self, process: asyncio.subprocess.Process) -> int:
-        """Its exit code; one that has hung up and does not end is killed."""
+    async def _next_life(self) -> Life:
+        """That of the process which stands by, if there is one.
+
+        Raises:
+            OSError: there is no room for another process.
+        """
+        standby, self._standby = self._standby, None
+        if standby is not None and standby.code is None:
+            standby.wake()
+            self.events.add("started", f"rank 0 is the process that stood by, pid {standby.pid}")
+            return standby
+        life = await Life.start(self._words, Role.NEXT if self.comings else Role.FIRST)
+        self.events.add("started", f"rank 0 is started, as pid {life.pid}")
+        return life
+
+    async def _prepare(self) -> None:
+        """Has another process stand by, once this one has done what had to wait for it."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), STANDBY_PAUSE_S)
+        if self._standby is not None or self._stopping.is_set():
+            return
         try:
-            return await asyncio.wait_for(process.wait(), END_TIMEOUT_S)
-        except TimeoutError:
-            logger.warning("rank 0 (pid %d) does not end; killing it", process.pid)
-            process.kill()
-            return await process.wait()
-
-    async def _listen(self, reader: asyncio.StreamReader) -> None:
-        rest = b""
-        while data := await reader.read(READ_BYTES):
-            *lines, rest = (rest + data).split(b"\n")
-            self._hear([decode(line) for line in lines])  # a last word that is not whole was that of a dying process
+            self._standby = await Life.start(self._words, Role.STANDBY)
+        except OSError as error:
+            logger.warning("no process can stand by for rank 0: %s", error)
+            return
+        self.events.add("started", f"pid {self._standby.pid} stands by for rank 0")
 
     def _hear(self, messages: Sequence[Message]) -> None:
         grown = [
@@ -248,11 +250,13 @@ class Rank0:
         self.comings += 1
         self._metrics.rank0_came()
         self.events.forget_rank0()
+        if self._stands_by:
+            self._preparing = asyncio.create_task(self._prepare())
         self.events.add("ready", f"the model is ready, {time.monotonic() - self._began:.1f} s after rank 0 was started")
 
     def _send(self, message: Message) -> None:
-        if self._writer is not None and (self.ready or isinstance(message, Stop)):
-            self._writer.write(encode(message))
+        if self._life is not None and (self.ready or isinstance(message, Stop)):
+            self._life.send(message)
 
 
 def _how(code: int) -> str:

@@ -54,5 +54,6 @@ class Served:
         return [each for each in self.rank0().children() if "distllm.engine" in each.cmdline()]
 
     def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
