@@ -11,6 +11,7 @@ import json
 import math
 import random
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +283,8 @@ class Clients:
         self._port = port
         self._requests = requests
         self._seed = seed
-        self._keys = itertools.count()
+        self._name = uuid.uuid4().hex  # the server remembers the keys of other clients
+        self._numbers = itertools.count()
         self.ended: list[Stream] = []
         self.lost: list[str] = []
         self.under_way: dict[int, Stream] = {}
@@ -314,10 +316,10 @@ class Clients:
             await self.ask(chance.choice(self._requests))
 
     async def ask(self, asked: Asked) -> None:
-        number = next(self._keys)
+        number = next(self._numbers)
         stream = self.under_way[number] = Stream(asked)
         try:
-            await streamed(stream, self._port, f"{id(self)}-{number}")
+            await streamed(stream, self._port, f"{self._name}-{number}")
             self.ended.append(stream)
         except (Malformed, TimeoutError, ValueError, KeyError) as error:
             self.lost.append(f"{type(error).__name__}: {error} ({stream.name}, {len(stream.pieces)} pieces)")

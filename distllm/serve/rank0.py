@@ -165,6 +165,8 @@ class Rank0:
         self._stopping.set()
         self.told = self.ready
         self._send(Stop())
+        if self._preparing is not None:
+            await self._preparing
         if self._standby is not None:
             await self._standby.killed()  # it has done nothing yet
         if self._life is not None and self._life.code is None:
@@ -209,14 +211,18 @@ class Rank0:
         """Has another process stand by, once this one has done what had to wait for it."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), STANDBY_PAUSE_S)
-        if self._standby is not None or self._stopping.is_set():
+        if self._standby is not None or not self.ready or self._stopping.is_set():
             return
         try:
-            self._standby = await Life.start(self._words, Role.STANDBY)
+            life = await Life.start(self._words, Role.STANDBY)
         except OSError as error:
             logger.warning("no process can stand by for rank 0: %s", error)
             return
-        self.events.add("started", f"pid {self._standby.pid} stands by for rank 0")
+        if self._stopping.is_set():
+            await life.killed()
+            return
+        self._standby = life
+        self.events.add("started", f"pid {life.pid} stands by for rank 0")
 
     def _hear(self, messages: Sequence[Message]) -> None:
         grown = [
@@ -250,7 +256,7 @@ class Rank0:
         self.comings += 1
         self._metrics.rank0_came()
         self.events.forget_rank0()
-        if self._stands_by:
+        if self._stands_by and (self._preparing is None or self._preparing.done()):
             self._preparing = asyncio.create_task(self._prepare())
         self.events.add("ready", f"the model is ready, {time.monotonic() - self._began:.1f} s after rank 0 was started")
 
