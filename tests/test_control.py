@@ -253,6 +253,8 @@ def test_a_rank_that_cannot_join_says_so(port: int) -> None:
         command = [sys.executable, "-m", "distllm.engine", "--rank=2", "--world-size=3", "--host=127.0.0.1"]
         command += [f"--port={port}", "--job=t", "--join-timeout-s=5", "--deadline-s=5"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as rank:
+            rank.stdin.write("\n")  # it is woken
+            rank.stdin.flush()
             assert rank.wait(40) == 1
             said = rank.stderr.read()
         assert "rank 2 ends: cannot join the other ranks within 5 s; has one died?" in said

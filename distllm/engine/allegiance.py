@@ -6,10 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from distllm.core import Member
-from distllm.engine import host
 from distllm.engine.orders import Registration
 from distllm.net.control import PeerLost, bury_by_name, call_by_name
 from distllm.net.node import Node
@@ -51,8 +49,6 @@ class Allegiance:
                 raise ConnectionError("it was told to")
             name = self._node.master()
             if name is not None and name != self._master:
-                # A rank 0 of this host has read its model by now, and given back what that took.
-                self._member = replace(self._member, memory_bytes=host.free_memory())
                 try:
                     self._register(name)
                     return

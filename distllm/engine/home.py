@@ -46,9 +46,8 @@ class Home:
     def send_away(self) -> None:
         """Ends those that were summoned and that nobody has wanted."""
         summoned, self._summoned = self._summoned, None
-        if summoned is not None and self._node is not None:
+        if summoned is not None:
             summoned.kill()
-            self._node.agent.bury_others()
 
     def start(self, config: ClusterConfig) -> Cluster:
         """Starts `config.workers` ranks in all on this host, this process being rank 0.
@@ -64,6 +63,7 @@ class Home:
             local, self._summoned = self._summoned or self._local_ranks(config), None
             on_error.callback(node.agent.bury_others)
             on_error.callback(local.end)
+            local.wake()
             cluster = _cluster(node, local, config.workers, config)
             on_error.pop_all()
         return cluster

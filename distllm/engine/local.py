@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from distllm import logs
 from distllm.net.store import Rendezvous
@@ -23,6 +24,8 @@ POLL_S = 0.2
 
 class LocalRanks:
     """Child processes, one a rank from 1 on. Each ends by itself when the pipe from its parent closes.
+
+    They import what they need, and join when they are woken.
 
     Attributes:
         program: the words for Python that start one.
@@ -47,6 +50,11 @@ class LocalRanks:
         self._patience_s = join_timeout_s
         self._supervisor: threading.Thread | None = None
         self._children = {rank: self._started(rank) for rank in self._restarts_left}
+
+    def wake(self) -> None:
+        """Has them join."""
+        for child in self._children.values():
+            _wake(child)
 
     def _started(self, rank: int) -> subprocess.Popen[bytes]:
         # torch warns of every connection that closes, which is how ranks end.
@@ -118,11 +126,12 @@ class LocalRanks:
         _end([self._children[rank]])
         if not self._ending.is_set():
             self._children[rank] = self._started(rank)
+            _wake(self._children[rank])
             self._awaited[rank] = now
             logger.info("rank %d is started again, as pid %d", rank, self._children[rank].pid)
 
     def kill(self) -> None:
-        """Ends them at once; they have nothing to lose yet."""
+        """Ends them at once: they were not woken, and nobody knows of them."""
         for child in self._children.values():
             child.kill()
         self.end()
@@ -133,6 +142,12 @@ class LocalRanks:
         if self._supervisor is not None:
             self._supervisor.join()
         _end(list(self._children.values()))
+
+
+def _wake(child: subprocess.Popen[bytes]) -> None:
+    assert child.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended, which is noticed otherwise
+        os.write(child.stdin.fileno(), b"\n")
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import math
 import os
 import signal
 import sys
@@ -197,10 +196,8 @@ def _serve_on(node: Node, cluster: ClusterConfig) -> int:
     allegiance = Allegiance(node, member, cluster.deadline_s)
     watch = Watch(node.rendezvous, allegiance, member, worker, cluster.orphan_deadline_s)
     watch.listen()
-    # A program that started this rank may take its time to read a model, and its end is noticed.
-    patience_s = math.inf if node.rendezvous.one_host else cluster.join_timeout_s
     try:
-        allegiance.pledge(patience_s, unless=watch.is_over)
+        allegiance.pledge(cluster.join_timeout_s, unless=watch.is_over)
     except ConnectionError as error:
         logger.info("rank %d ends: %s", rank, error)
         return 1
@@ -226,15 +223,15 @@ def end_process(code: int) -> None:
     os._exit(code)
 
 
-def _end_with_pipe() -> None:
-    """Ends the process when the pipe on standard input closes, that is when whoever started it is gone."""
+def _follow_pipe(woken: threading.Event) -> None:
+    """Tells of the first word on standard input; ends the process when that closes: whoever started it is gone."""
     while os.read(0, 4096):
-        pass
+        woken.set()
     end_process(1)
 
 
 def main() -> None:
-    """A rank that a program started for itself with `LLM(workers=N)`."""
+    """A rank that a program started for itself with `LLM(workers=N)`; it joins when it is woken by a line."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     for name, kind in (("rank", int), ("world-size", int), ("port", int), ("host", str), ("job", str)):
         parser.add_argument(f"--{name}", type=kind, required=True)
@@ -244,7 +241,10 @@ def main() -> None:
     parser.add_argument("--log-format", default=logs.TEXT)
     given = parser.parse_args()
     logs.log_to_stderr(given.log_level, given.log_format, rank=given.rank, prefix=f"rank {given.rank}: ")
-    threading.Thread(target=_end_with_pipe, name="distllm-pipe", daemon=True).start()
+    woken = threading.Event()
+    threading.Thread(target=_follow_pipe, args=(woken,), name="distllm-pipe", daemon=True).start()
+    preload()
+    woken.wait()
     rendezvous = Rendezvous(
         rank=given.rank, world_size=given.world_size, host=given.host, port=given.port, job=given.job, one_host=True
     )
