@@ -166,8 +166,11 @@ class Watch:
         return self._may_stay_s
 
 
-def serve(rendezvous: Rendezvous, cluster: ClusterConfig) -> int:
+def serve(rendezvous: Rendezvous, cluster: ClusterConfig, *, woken: threading.Event | None = None) -> int:
     """Registers with the master and serves it until the job ends; returns the exit code.
+
+    Args:
+        woken: what to wait for before joining, when all is imported; None joins at once.
 
     Raises:
         ValueError: the master cannot be reached or refuses this rank; the sentence says why.
@@ -175,6 +178,8 @@ def serve(rendezvous: Rendezvous, cluster: ClusterConfig) -> int:
     pages.share_one_heap()
     preload()
     gc.freeze()  # what is imported stays: looking through it would hold up every change of the ring
+    if woken is not None:
+        woken.wait()
     try:
         node = Node(rendezvous, cluster.interface, cluster.join_timeout_s)
     except ConnectionError as error:
@@ -243,8 +248,6 @@ def main() -> None:
     logs.log_to_stderr(given.log_level, given.log_format, rank=given.rank, prefix=f"rank {given.rank}: ")
     woken = threading.Event()
     threading.Thread(target=_follow_pipe, args=(woken,), name="distllm-pipe", daemon=True).start()
-    preload()
-    woken.wait()
     rendezvous = Rendezvous(
         rank=given.rank, world_size=given.world_size, host=given.host, port=given.port, job=given.job, one_host=True
     )
@@ -253,6 +256,7 @@ def main() -> None:
         code = serve(
             rendezvous,
             ClusterConfig(join_timeout_s=given.join_timeout_s, deadline_s=given.deadline_s, orphan_deadline_s=0.0),
+            woken=woken,
         )
     except ValueError as error:
         logger.error("%s", error)

@@ -22,7 +22,7 @@ from distllm.serve.turns import Turns
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
-STANDBY_PAUSE_S = 3.0
+STANDBY_PAUSE_S = 3.0  # answers that had to wait need the cores first
 
 
 class Rank0:
