@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import random
 import signal
 import statistics
@@ -176,7 +177,8 @@ async def load(server: Server, given: argparse.Namespace, requests: Sequence[Ask
     gauge.sample()
     result = measured(server.name, clients, referee, began, 60 * given.minutes)
     for strike in strikes:
-        strike.silent_s = silence(clients, began + strike.at_s)
+        others = [began + other.at_s for other in strikes if other.at_s > strike.at_s]
+        strike.silent_s = silence(clients, began + strike.at_s, until=min(others, default=math.inf))
     if not result.good:
         say(server.log.read_text()[-LOG_BYTES:])
     result.cores, result.memory, result.strikes = gauge.cores(), gauge.memory(), strikes
@@ -243,9 +245,10 @@ def measured(name: str, clients: Clients, referee: Referee, began: float, second
     )
 
 
-def silence(clients: Clients, since: float) -> float:
-    """The longest time of the minute from `since` on in which nobody got anything."""
-    times = sorted(at for stream in clients.ended for at, _ in stream.pieces if since <= at < since + 60)
+def silence(clients: Clients, since: float, *, until: float) -> float:
+    """The longest time in which nobody got anything, of the minute from `since` on, or until something else happens."""
+    until = min(until, since + 60)
+    times = sorted(at for stream in clients.ended for at, _ in stream.pieces if since <= at < until)
     return max((after - before for before, after in itertools.pairwise([since, *times])), default=0.0)
 
 
