@@ -292,6 +292,10 @@ class LLM:
         """Has somebody told, from the engine's thread, when the engine ends."""
         self._engine.master.on_end(told)
 
+    def on_change(self, told: Callable[[], None]) -> None:
+        """Has somebody told, from the engine's thread, when there is something new of the ranks in `stats`."""
+        self._engine.job.crew.chronicle.on_change(told)
+
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for; it may be a part of a character."""
         return self._reader.tokenizer.token_bytes(token)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from hypothesis import settings
+from processes import command
 
 # The same examples every time; others by `--hypothesis-profile default`.
 settings.register_profile("repeatable", derandomize=True)
@@ -51,4 +52,4 @@ def _no_process_left() -> Iterator[None]:
     left = psutil.Process().children(recursive=True)
     for process in left:
         process.kill()
-    assert not left, f"processes left behind: {[process.cmdline() for process in left]}"
+    assert not left, f"processes left behind: {[command(process) for process in left]}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from processes import ranks_of
 from waiting import WAIT_S, wait_until
 
 from distllm import LLM, Output, SamplingParams
@@ -50,14 +51,7 @@ def several(model: Path, ranks: int, *, plan: PlanConfig | None = None, **cluste
 
 def workers() -> dict[int, psutil.Process]:
     """The ranks that this process has started, by rank."""
-    found = {}
-    for child in psutil.Process().children():
-        if child.status() == psutil.STATUS_ZOMBIE:
-            continue
-        rank = next((word for word in child.cmdline() if word.startswith("--rank=")), None)
-        if rank is not None:
-            found[int(rank.removeprefix("--rank="))] = child
-    return found
+    return ranks_of(psutil.Process())
 
 
 class Running:

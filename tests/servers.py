@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
+from processes import children, command, ranks_of
 from waiting import wait_until
 
 START_S = 900.0  # vLLM warms up for minutes on a busy machine
@@ -119,18 +120,10 @@ class Distllm(Server):
     def processes(self) -> dict[str, psutil.Process]:
         found = {"front": psutil.Process(self._process.pid)}
         with suppress(psutil.Error):
-            started = [child for child in found["front"].children() if "distllm.serve" in child.cmdline()]
+            started = children(found["front"], "distllm.serve")
             if started:
                 rank0 = min(started, key=psutil.Process.create_time)  # what stands by for it is younger
-                found |= {"rank 0": rank0} | self._workers(rank0)
-        return found
-
-    def _workers(self, rank0: psutil.Process) -> dict[str, psutil.Process]:
-        found = {}
-        for child in rank0.children():
-            rank = next((word for word in child.cmdline() if word.startswith("--rank=")), None)
-            if rank is not None:
-                found[rank.removeprefix("--").replace("=", " ")] = child
+                found |= {"rank 0": rank0} | {f"rank {rank}": each for rank, each in ranks_of(rank0).items()}
         return found
 
     def cluster(self) -> dict[str, Any]:
@@ -187,7 +180,6 @@ class Vllm(Server):
         front = psutil.Process(self._process.pid)
         found = {"front": front}
         for child in front.children(recursive=True):
-            with suppress(psutil.Error):
-                if "VLLM::" in (name := " ".join(child.cmdline())):
-                    found[name.split("VLLM::")[1].split()[0]] = child
+            if "VLLM::" in (name := " ".join(command(child))):
+                found[name.split("VLLM::")[1].split()[0]] = child
         return found

@@ -45,6 +45,20 @@ def test_only_the_newest_are_kept() -> None:
     assert [each["text"] for each in front.told()] == [str(each) for each in range(2 * events.KEPT, 3 * events.KEPT)]
 
 
+def test_who_listens_is_told_of_each_change_when_it_can_be_read() -> None:
+    ranks = Chronicle()
+    read: list[Any] = []
+    ranks.on_change(lambda: read.append(ranks.told()))
+    ranks.broken()
+    ranks.lost({member(1): Span(11, 22)}, "it is lost")
+    ranks.mended("the others go on")
+    ranks.joined(member(1, pid=8))
+    assert [each["mending"] for each in read] == [True, True, False, False]
+    assert [len(each["missing"]) for each in read] == [0, 1, 1, 0]
+    kinds = ["lost", "recovered", "joined"]
+    assert [[one["kind"] for one in each["happenings"]] for each in read] == [kinds[:count] for count in range(4)]
+
+
 def test_who_is_lost_is_missing_until_another_comes_in_its_place() -> None:
     ranks = Chronicle()
     ranks.lost({member(1): Span(11, 22), member(2): None}, "both are lost")

@@ -31,10 +31,23 @@ def expected_answer(request: Request, limit: int) -> tuple[list[int], str]:
             return answer, "length"
 
 
-def request(name: int, prompt: int = 4, max_tokens: int = 8, *, eos: bool = False, first: int | None = None) -> Request:
+PENALTIES = (None, "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+def request(
+    name: int,
+    prompt: int = 4,
+    max_tokens: int = 8,
+    *,
+    eos: bool = False,
+    first: int | None = None,
+    penalty: str | None = None,
+) -> Request:
     """One whose prompt starts with the token `first`, by default its name: those with the same one begin alike."""
     tokens = tuple(((name if first is None else first) + place) % 23 for place in range(prompt))
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=not eos)
+    if penalty is not None:
+        params = replace(params, **{penalty: 0.5})
     return Request(id=name, tokens=tokens, params=params, eos_ids=frozenset({EOS}))
 
 
@@ -68,6 +81,10 @@ class Stages:
     def _run_row(self, row: Row) -> list[int]:
         places = self._places(row)
         if row.params is not None:
+            if row.params.repetition_penalty != 1:
+                assert row.start == 0, "the last stage has to count all tokens"
+            if row.params.presence_penalty or row.params.frequency_penalty:
+                assert row.start <= row.prompt, "the last stage has to count the answer"
             self.histories[row.slot] = (row.request, [self.kv[place][-1] for place in places[: row.start]])
         owner, history = self.histories[row.slot]
         assert owner == row.request, "the slot is another request's, or parameters did not come with its first row"
@@ -125,7 +142,7 @@ class Job:
         for item in requests:
             self.scheduler.add(item)
             self.requests[item.id] = item
-            self.answers[item.id] = []
+            self.answers[item.id] = list(item.generated)
 
     def step(self) -> Step | None:
         step = self.scheduler.next_step()
@@ -234,7 +251,12 @@ def test_every_request_ends_with_its_own_tokens(job: Job, count: int, trouble: b
     longest = min(job.limit - 1, 30)
     queue = [
         request(
-            name, dice.randint(1, longest), dice.randint(1, 30), eos=dice.random() < 0.5, first=dice.randint(0, kinds)
+            name,
+            dice.randint(1, longest),
+            dice.randint(1, 30),
+            eos=dice.random() < 0.5,
+            first=dice.randint(0, kinds),
+            penalty=dice.choice(PENALTIES),
         )
         for name in range(count)
     ]
@@ -487,9 +509,9 @@ def test_steps_come_home_in_order() -> None:
         job.scheduler.commit(2, [5])
 
 
-def alike(*prompts: int, max_tokens: int = 4) -> list[Request]:
+def alike(*prompts: int, max_tokens: int = 4, penalty: str | None = None) -> list[Request]:
     """Requests whose prompts begin with the same tokens."""
-    return [request(name, prompt, max_tokens, first=0) for name, prompt in enumerate(prompts)]
+    return [request(name, prompt, max_tokens, first=0, penalty=penalty) for name, prompt in enumerate(prompts)]
 
 
 def starts(job: Job) -> dict[int, int]:
@@ -571,14 +593,16 @@ def test_what_was_used_last_is_kept_longest() -> None:
         assert job.scheduler.prefix_hits - hits == (name in (2, 4)), "two beginnings have room: 5 gave way to 9"
 
 
-def test_penalties_need_every_token_to_pass() -> None:
+@pytest.mark.parametrize(("penalty", "start"), [*zip(PENALTIES, (28, 24, 24, 0), strict=True)], ids=str)
+def test_what_penalties_count_is_computed(penalty: str | None, start: int) -> None:
     job = Job(prefixes=20)
-    first, second = alike(24, 30)
-    job.add(first)
+    (second,) = alike(24, penalty=penalty, max_tokens=8)
+    answer, _ = expected_answer(second, job.limit)
+    job.add(replace(request(1), tokens=(*second.tokens, *answer)))
     job.run_out()
-    job.add(replace(second, params=replace(second.params, presence_penalty=0.5)))
+    job.add(replace(second, generated=tuple(answer[:5])))
     job.fill()
-    assert starts(job) == {1: 0}
+    assert starts(job) == {0: start}, "28 tokens are in common, 24 of the prompt"
     job.run_out()
 
 

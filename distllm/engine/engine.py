@@ -80,6 +80,7 @@ class Engine:
         pages.share_one_heap()
         self._tokenizer, self._grammars = reader.tokenizer, reader.grammars
         self._numbers = itertools.count()
+        self._said: Mapping[int, Status] = {}
         stored_quantization(options.quantization, reader.blueprint.checkpoint)  # refused before ranks come up
         with ExitStack() as opened:
             opened.callback(torch.set_num_threads, torch.get_num_threads())
@@ -146,7 +147,6 @@ class Engine:
                 _who(rank, members) | {"state": said[rank].state if rank in said else "silent"} for rank in sorted(idle)
             ],
             "epoch": self.master.pipeline.epoch,
-            "mending": self.job.mending,
             "steps": totals.steps,
             "tokens": totals.tokens,
             "busy_s": totals.busy_s,
@@ -167,10 +167,15 @@ class Engine:
         return cluster.members if cluster else dict(enumerate(self.job.members))
 
     def _statuses(self, ranks: Iterable[int]) -> dict[int, Status]:
-        """What those say of themselves that answer."""
+        """What those say of themselves that answer.
+
+        While the ring is mended, what they said last: news must not wait for those that are lost.
+        """
         cluster, mine = self._ranks.cluster, self.master.pipeline
-        others = cluster.statuses([rank for rank in ranks if rank != 0], STATS_TIMEOUT_S) if cluster else {}
-        said = {rank: status for rank, status in others.items() if isinstance(status, Status)}
+        if cluster is not None and not self.job.crew.chronicle.mending:
+            others = cluster.statuses([rank for rank in ranks if rank != 0], STATS_TIMEOUT_S)
+            self._said = {rank: status for rank, status in others.items() if isinstance(status, Status)}
+        said = dict(self._said)
         said[0] = Status(read_bytes=mine.read_bytes, held_bytes=mine.held_bytes, peak_bytes=host.peak_memory())
         return said
 

@@ -36,9 +36,6 @@ WORKSPACE_BYTES = 100 * 10**6
 class Job:
     """One model on one set of ranks.
 
-    Attributes:
-        mending: the ring has broken, and there is no other one yet.
-
     Args:
         cluster: the other ranks; None if this process is alone.
 
@@ -63,7 +60,6 @@ class Job:
         self._growth = Growth(self.crew, self._epochs)
         self._replication = Replication(self.crew, self._epochs, options.plan.replicate or ())
         self._strength = len(self.plan.stages)
-        self.mending = False
 
     def _take_stock(self, wanted: Options) -> None:
         """Who is there, and who holds what. After the death of a master, ranks that are still missing are waited for.
@@ -249,15 +245,14 @@ class Job:
         Raises:
             EngineError: it cannot go on; says what broke and why.
         """
-        self.mending = True
+        self.crew.chronicle.broken()
         self._growth.drop()
         self._replication.drop()
         verdict = pipeline.verdict(broken)
         pipeline.free()
         self._go_on_after(verdict, since)
         mended = self._formed(since)
-        self.mending = False
-        self.crew.chronicle.note("recovered", f"the ranks go on after {_ago(since)}: {self._who_holds_what()}")
+        self.crew.chronicle.mended(f"the ranks go on after {_ago(since)}: {self._who_holds_what()}")
         return mended
 
     def _formed(self, since: float | None = None) -> Pipeline:

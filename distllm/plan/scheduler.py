@@ -250,11 +250,8 @@ class Scheduler:
         return job.row(self._next_step, stop, self._pool.runs(job.request.id), copies)
 
     def _donor(self, job: Underway) -> tuple[int | None, int]:
-        """Whose KV a job can begin with, and how many blocks of it; the last token that it knows is always computed,
-        since the next one comes of it."""
-        if job.cached or not job.may_reuse:
-            return None, 0
-        return self._prefixes.best(job.tokens[:-1])
+        """Whose KV a job can begin with, and how many blocks of it."""
+        return (None, 0) if job.cached else self._prefixes.best(job.reusable)
 
     def _reuse(self, job: Underway, blocks: int) -> None:
         job.cached = job.reused = blocks * self._block_tokens
@@ -268,9 +265,7 @@ class Scheduler:
 
     def _expects(self, job: Underway) -> bool:
         """Whether an older request is about to have more of what a job begins with than anybody has."""
-        if not job.may_reuse:
-            return False
-        return self._prefixes.expects(job.tokens[:-1], lambda name: self._jobs[name].age < job.age)
+        return self._prefixes.expects(job.reusable, lambda name: self._jobs[name].age < job.age)
 
     def _prompting(self) -> Iterator[Underway]:
         """Running requests in the middle of their prompts, then new ones, each admitted when it is asked for."""

@@ -52,10 +52,17 @@ class Underway:
         return len(self.request.tokens) + self.request.params.max_tokens - 1
 
     @property
-    def may_reuse(self) -> bool:
-        """Whether it may begin with the KV of another: penalties need every token to pass the last stage."""
+    def reusable(self) -> list[int]:
+        """Tokens with which it may begin with the KV of another.
+
+        The last one that it knows is always computed, since the next one comes of it, and so are those that penalties
+        count, which must pass the last stage.
+        """
         params = self.request.params
-        return params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty
+        if params.repetition_penalty != 1:
+            return []
+        counts_answer = params.presence_penalty or params.frequency_penalty
+        return self.tokens[: min(self.known - 1, len(self.request.tokens) if counts_answer else self.known)]
 
     def row(self, step: int, stop: int, runs: tuple[Run, ...], copies: tuple[tuple[int, int, int], ...]) -> Row:
         """Its tokens up to `stop` as a row of a step, which is now in flight."""

@@ -90,6 +90,8 @@ class Backend:
         self._pipe = pipe
         self._lock = threading.Lock()
         self._numbers: dict[str, int] = {}
+        self._news = threading.Event()  # something has become of the ranks, or it is over
+        self._over = False
         # Long prompts and large grammars take their time, in which answers must be asked for and dropped.
         self._reading = ThreadPoolExecutor(1, "distllm-reading")
 
@@ -102,13 +104,14 @@ class Backend:
         """
         self._llm.on_end(self._pipe.hang_up)
         self._pipe.send(Ready(self._llm.most_requests))
-        over = threading.Event()
-        telling = threading.Thread(target=self._tell, args=[over], name="distllm-stats", daemon=True)
+        self._llm.on_change(self._news.set)
+        telling = threading.Thread(target=self._tell, name="distllm-stats", daemon=True)
         telling.start()
         try:
             self._listen()
         finally:
-            over.set()
+            self._over = True
+            self._news.set()
             telling.join()
             self._reading.shutdown(cancel_futures=True)
 
@@ -126,12 +129,12 @@ class Backend:
                     return
         raise self._llm.failure or FrontLost("the HTTP front has ended")
 
-    def _tell(self, over: threading.Event) -> None:
-        """The thread that tells how the ranks do."""
-        while self._llm.failure is None:
+    def _tell(self) -> None:
+        """The thread that tells how the ranks do: once a second, and when something becomes of them."""
+        while self._llm.failure is None and not self._over:
             self._pipe.send(Told(self._llm.stats()))
-            if over.wait(STATS_INTERVAL_S):
-                return
+            self._news.wait(STATS_INTERVAL_S)
+            self._news.clear()
 
     def _read(self, read: Read) -> None:
         try:

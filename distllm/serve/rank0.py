@@ -139,8 +139,9 @@ class Rank0:
             self._metrics.rank0_ended(code)
             pause_s = 0.0 if self.comings > before else min(max(FIRST_PAUSE_S, 2 * pause_s), LONGEST_PAUSE_S)
             left = counted(self.calls, "answer")
-            logger.warning("rank 0 %s; it is started again, with %s to go on", _how(code), left)
-            self.events.add("ended", f"rank 0 {_how(code)}; it is started again, with {left} to go on")
+            then = "the process that stands by takes its place" if self._is_replaced else "it is started again"
+            logger.warning("rank 0 %s; %s, with %s to go on", _how(code), then, left)
+            self.events.add("ended", f"rank 0 {_how(code)}; {then}, with {left} to go on")
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
                 break
@@ -174,6 +175,11 @@ class Rank0:
                 self._life.terminate()
             await self._life.ended()
 
+    @property
+    def _is_replaced(self) -> bool:
+        """Whether a process stands by for the next life."""
+        return self._standby is not None and self._standby.code is None
+
     async def _live(self) -> int:
         """One life of the process; its exit code."""
         try:
@@ -198,8 +204,9 @@ class Rank0:
         Raises:
             OSError: there is no room for another process.
         """
-        standby, self._standby = self._standby, None
-        if standby is not None and standby.code is None:
+        standby = self._standby if self._is_replaced else None
+        self._standby = None
+        if standby is not None:
             standby.wake()
             self.events.add("started", f"rank 0 is the process that stood by, pid {standby.pid}")
             return standby
@@ -258,7 +265,7 @@ class Rank0:
         self.events.forget_rank0()
         if self._stands_by and (self._preparing is None or self._preparing.done()):
             self._preparing = asyncio.create_task(self._prepare())
-        self.events.add("ready", f"the model is ready, {time.monotonic() - self._began:.1f} s after rank 0 was started")
+        self.events.add("ready", f"the model is ready after {time.monotonic() - self._began:.1f} s")
 
     def _send(self, message: Message) -> None:
         if self._life is not None and (self.ready or isinstance(message, Stop)):

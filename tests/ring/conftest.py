@@ -15,6 +15,7 @@ import psutil
 import pytest
 from fakes import tiny_checkpoint
 from faults import GREEDY, LONG, PROMPTS, SEEDED, tokens
+from processes import command
 
 from distllm import LLM, SamplingParams
 
@@ -42,7 +43,7 @@ class Job:
             for process in _children(launcher.pid):
                 with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
                     rank = process.environ().get("RANK")
-                    if rank is not None and "distllm" in " ".join(process.cmdline()):
+                    if rank is not None and "distllm" in " ".join(command(process)):
                         found[int(rank)] = process
         self.seen |= {process.pid: process for process in found.values()}
         return found

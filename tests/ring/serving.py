@@ -13,6 +13,7 @@ import httpx2
 import openai
 import psutil
 from conftest import free_port
+from processes import child, children
 from waiting import wait_until
 
 
@@ -48,10 +49,10 @@ class Served:
         return dict(httpx2.get(f"{self.url}/v1/cluster").json())
 
     def rank0(self) -> psutil.Process:
-        return next(each for each in psutil.Process(self.process.pid).children() if "distllm.serve" in each.cmdline())
+        return child(psutil.Process(self.process.pid), "distllm.serve")
 
     def workers(self) -> list[psutil.Process]:
-        return [each for each in self.rank0().children() if "distllm.engine" in each.cmdline()]
+        return children(self.rank0(), "distllm.engine")
 
     def end(self) -> int:
         if self.process.poll() is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx2
 import psutil
 from conftest import Job, free_port, one_agent
+from processes import child
 from test_serve import Served
 
 LOOPBACK = "127.0.0.1"
@@ -58,7 +59,7 @@ def test_ranks_of_torchrun(model: Path, tmp_path: Path, start: Callable[[Sequenc
     job.wait_until(lambda: httpx2.get(f"http://{LOOPBACK}:{port}/ready").status_code == 200)
     agent = psutil.Process(job.launchers[0].pid)
     front = next(each for each in agent.children() if each.environ()["RANK"] == "0")
-    rank0 = next(each for each in front.children() if "distllm.serve" in each.cmdline())
+    rank0 = child(front, "distllm.serve")
     others = [each for each in agent.children() if each != front]
     assert len(others) == 2
     check(front, [rank0, *others], port, own_store=False)

@@ -149,6 +149,7 @@ def test_a_death_is_seen_and_the_chat_ends_whole(page: Page, served: Served) -> 
     expect(last_answer(page)).to_have_text(re.compile(r"\w+ \w+ \w+"))
     victim = served.workers()[0]
     victim.kill()
+    wait_until(lambda: served.cluster()["mending"], "it is not told at once, and it is soon over")
     lost = page.locator("#stages .lost")
     expect(lost).to_contain_text("Killed by SIGKILL")
     expect(lost).to_contain_text(f"pid {victim.pid}")

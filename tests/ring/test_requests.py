@@ -63,13 +63,15 @@ def test_two_hundred_requests_in_room_for_ten(tmp_path: Path) -> None:
     assert not psutil.Process().children(recursive=True)
 
 
-@pytest.mark.parametrize("kv_tokens", [4096, 480], ids=["room", "no room"])
-def test_a_beginning_in_common_is_computed_once_and_changes_no_token(tmp_path: Path, kv_tokens: int) -> None:
+@pytest.mark.parametrize(("kv_tokens", "penalty"), [(4096, 0.0), (480, 0.5)], ids=["room", "no room, but a penalty"])
+def test_a_beginning_in_common_is_computed_once_and_changes_no_token(
+    tmp_path: Path, kv_tokens: int, penalty: float
+) -> None:
     folder = tiny_checkpoint(tmp_path / "model", "llama")
     draw = random.Random(3)
     common = [draw.randrange(256) for _ in range(120)]
     prompts = [common[: 60 * (n % 3)] + [draw.randrange(256) for _ in range(1 + n)] for n in range(24)]
-    params = SamplingParams(max_tokens=16, temperature=0.8, seed=5, ignore_eos=True)
+    params = SamplingParams(max_tokens=16, temperature=0.8, seed=5, ignore_eos=True, frequency_penalty=penalty)
     answers = []
     for ranks, keep in ((3, None), (1, 0)):
         with opened(folder, ranks, kv_tokens=kv_tokens, prompt_chunk=48, max_requests=8, prefix_tokens=keep) as llm:
