@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo
 
 from distllm.net import store
 from distllm.net.address import LOOPBACK, loopback
@@ -155,3 +157,27 @@ def test_a_ring_that_will_not_form_can_be_called_off() -> None:
         for each in waiting:
             with pytest.raises(WireBroken, match=r"^the ring was called off$"):
                 each.result(10)
+
+
+def test_a_ring_can_be_called_off_when_one_dies_as_soon_as_all_are_there() -> None:
+    _server, port = store.serve_on_loopback()
+    where = Rendezvous(rank=0, world_size=3, host=LOOPBACK, port=port, job="test", one_host=True)
+
+    def join(position: int) -> Wire:
+        ring = {"position": position, "devices": ["cpu"] * 3, "receive_bytes": BYTES, "deadline_s": 30.0}
+        return Wire(store.connect(where, 5), 7, loopback(), **ring)  # type: ignore[arg-type]
+
+    dying = PrefixStore("wire/7", store.connect(where, 5))
+    dying.set("place/1", "")
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(join, position) for position in (0, 2)]
+        with pytest.raises(TimeoutError):
+            waiting[0].result(0.5)
+        call_off(store.connect(where, 5), 7)
+        for each in waiting:
+            with pytest.raises(WireBroken, match=r"^the ring was called off$"):
+                each.result(10)
+    options = ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=10)
+    options._devices = [ProcessGroupGloo.create_device(hostname=LOOPBACK)]
+    assert ProcessGroupGloo(dying, 1, 3, options).size() == 3, "Gloo has waited for it, and does so no more"

@@ -10,7 +10,6 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 
@@ -29,10 +28,9 @@ from distllm.model.blueprint import Blueprint
 from distllm.net.wire import WireBroken
 from distllm.plan.holdings import Holdings
 from distllm.plan.replan import loaded_bytes
+from distllm.threads import in_thread
 
 logger = logging.getLogger(__name__)
-
-Made = TypeVar("Made")
 
 
 class Epochs:
@@ -292,20 +290,6 @@ class Epochs:
         """For the other ranks: what rank 0 has found, whatever a branch of the Hub names later."""
         commit = self.blueprint.checkpoint.files.commit
         return replace(self.options.model, revision=commit) if commit else self.options.model
-
-
-def in_thread(action: Callable[[], Made]) -> Future[Made]:
-    """Acts beside the caller, who can watch others meanwhile; a process that ends does not wait for it."""
-    future: Future[Made] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="distllm-start", daemon=True).start()
-    return future
 
 
 @contextmanager

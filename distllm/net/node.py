@@ -12,7 +12,7 @@ from distllm.net.address import Interface, loopback
 from distllm.net.control import Agent
 from distllm.net.group import AgentId
 from distllm.net.store import Rendezvous
-from distllm.net.wire import Wire, WireBroken, call_off
+from distllm.net.wire import Wire, call_off
 
 CONNECT_TIMEOUT_S = 60.0
 RECONNECT_TIMEOUT_S = 5.0
@@ -98,17 +98,11 @@ class Node:
     def wire(self, epoch: int, *, position: int, devices: Sequence[str], receive_bytes: int, deadline_s: float) -> Wire:
         """Joins the ring of an epoch.
 
-        By a client of the store of its own: one that still waits for a ring that will not form would hold it up.
-
         Raises:
-            WireBroken: it did not form within the deadline.
+            WireBroken: it did not form within the deadline, or was called off.
         """
-        try:
-            client = store.connect(self.rendezvous, deadline_s)
-        except ValueError as error:
-            raise WireBroken(str(error)) from error
         return Wire(
-            client,
+            self.store,
             epoch,
             self.interface,
             position=position,

@@ -10,18 +10,21 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import wait
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from distllm.net.address import Interface
+from distllm.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
 _CALLED_OFF = "called off"
-_ASSEMBLE_POLL_S = 0.005
+_POLL_S = 0.005
 _TAG = 1
 
 
@@ -35,7 +38,7 @@ def call_off(store: Store, epoch: int) -> None:
 
 
 def _assemble(store: Store, position: int, size: int, deadline_s: float) -> None:
-    """Waits until all ranks of a ring are there: once Gloo waits for one that is not, nothing can call it off.
+    """Waits until all ranks of a ring are there.
 
     Raises:
         WireBroken: one did not come in time, the ring was called off, or the store is gone.
@@ -45,14 +48,34 @@ def _assemble(store: Store, position: int, size: int, deadline_s: float) -> None
     try:
         store.set(everybody[position], "")
         while not store.check(everybody):
-            if store.check([_CALLED_OFF]):
-                raise WireBroken("the ring was called off")
+            _check_wanted(store)
             if time.monotonic() > until:
                 missing = [place for place, key in enumerate(everybody) if not store.check([key])]
                 raise WireBroken(f"the ring did not form within {deadline_s:g} s: nobody at {missing} of it")
-            time.sleep(_ASSEMBLE_POLL_S)
+            time.sleep(_POLL_S)
     except RuntimeError as error:
         raise WireBroken(f"the ring did not form: {error}") from error
+
+
+def _check_wanted(store: Store) -> None:
+    if store.check([_CALLED_OFF]):
+        raise WireBroken("the ring was called off")
+
+
+def _meet(store: Store, position: int, size: int, options: Any) -> Any:
+    """The group of a ring whose ranks are all there.
+
+    Gloo waits until the deadline for a rank that has died since, and nothing can stop it. If the ring is called off, it
+    is left alone with that.
+
+    Raises:
+        WireBroken: the ring was called off.
+        RuntimeError: a rank did not come, or the store is gone.
+    """
+    meeting = in_thread(partial(ProcessGroupGloo, store.clone(), position, size, options))
+    while not wait([meeting], timeout=_POLL_S).done:
+        _check_wanted(store)
+    return meeting.result()
 
 
 def backend_between(sender: str, receiver: str) -> str:
@@ -97,7 +120,7 @@ class Wire:
         _assemble(store, position, size, deadline_s)
         try:
             options._devices = [ProcessGroupGloo.create_device(hostname=interface.address)]
-            self._group: Any = ProcessGroupGloo(store, position, size, options)
+            self._group = _meet(store, position, size, options)
         except RuntimeError as error:
             logger.debug("the ring of epoch %d: %s", epoch, error)
             raise WireBroken(f"the ring did not form within {deadline_s:g} s") from error
