@@ -51,7 +51,8 @@ TARGETS = {"second": 1, "middle": 2, "last": RANKS - 1}
 SPARE = "spare"
 SURVIVOR = 1
 BY_SIGNAL = ("idle", "recovery")
-PLACES = {"prompt": "prompt", "decode": "decode", "forming": "join", "loading": "load"}
+PLACES = {"prompt": "prompt", "decode": "decode", "forming": "join", "meeting": "meet", "loading": "load"}
+CHANGING = ("forming", "meeting", "loading")
 COMING = {"joining": "load", "arriving": "arrive"}
 
 
@@ -60,7 +61,7 @@ def matrix(spares: int) -> list[Fault]:
     idle = itertools.product((*SIGNALS, WOKEN), ("idle", "decode"), (SPARE,) * min(spares, 1))
     outside = itertools.product((*SIGNALS, WOKEN), BY_SIGNAL, TARGETS)
     steps = itertools.product(IN_A_STEP, ("prompt", "decode"), TARGETS)
-    places = itertools.product(INSIDE, ("forming", "loading", *COMING), TARGETS)
+    places = itertools.product(INSIDE, (*CHANGING, *COMING), TARGETS)
     return [Fault(*each) for each in itertools.chain(outside, steps, places, idle)]
 
 
@@ -261,7 +262,7 @@ class Chaos:
             return self._inside(victim, COMING[fault.phase], fault.kind)
         process = workers()[victim]
         happened = self._order(victim, PLACES[fault.phase], fault.kind)
-        if fault.phase in ("forming", "loading"):
+        if fault.phase in CHANGING:
             strike(workers()[other], signal.SIGKILL)
         began = self._proven(happened)
         if fault.kind in OUT_OF_MEMORY:

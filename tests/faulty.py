@@ -25,6 +25,7 @@ import psutil
 from distllm import batch, run
 from distllm.engine import allegiance, epoch, process, worker
 from distllm.model.runner import Runner
+from distllm.net import wire
 from distllm.net.node import Node
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -43,6 +44,7 @@ def always(*_: Any, **__: Any) -> bool:
 PLACES: dict[str, list[tuple[Any, str, Callable[..., bool]]]] = {
     "load": [(worker, "load", always), (epoch, "load", always)],
     "join": [(Node, "wire", always)],
+    "meet": [(wire, "_meet", always)],
     "prompt": [(Runner, "run", is_prompt)],
     "decode": [(Runner, "run", lambda *given: not is_prompt(*given))],
     "arrive": [(allegiance, "call_by_name", lambda *given, **_: given[2] == "register")],

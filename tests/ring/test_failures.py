@@ -116,12 +116,14 @@ from distllm.config import ClusterConfig
 from distllm.engine import worker
 from distllm.llm import serve_here
 from distllm.model.runner import Runner
+from distllm.net import wire
 from distllm.net.node import Node
 
 PLACES = {{
     "load": (worker, "load", lambda *_, **__: True),
     "reload": (worker, "load", lambda order, *_: order.epoch > 1),
     "join": (Node, "wire", lambda *_, **__: True),
+    "meet": (wire, "_meet", lambda *_, **__: True),
     "timing": (Runner, "run", lambda self, step, hidden: step.id < 0),
     "step": (Runner, "run", lambda self, step, hidden: step.id == 5),
 }}

@@ -204,6 +204,7 @@ EVERY = [
     ("segfault", "step", " is lost: its connection is closed"),
     ("kill", "load", " is lost: its connection is closed"),
     ("kill", "join", " is lost: its connection is closed"),
+    ("kill", "meet", " is lost: its connection is closed"),
     ("exit", "step", " is lost: its connection is closed"),
     ("hang", "step", r" hangs in step 5 for \d s"),
     ("kill", "timing", " is lost: its connection is closed"),
