@@ -12,7 +12,7 @@ import httpx2
 import psutil
 import pytest
 from browser import CHROMIUM, MISSING, PHONE, ask, chromium, visit
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 from serving import Served
 from waiting import wait_until
 
@@ -166,6 +166,26 @@ def test_a_death_is_seen_and_the_chat_ends_whole(page: Page, served: Served) -> 
     expect(page.locator("#stages .lost")).to_have_count(0)
     expect(page.locator("#event-list .joined").first).to_contain_text(f"Rank {rank}")
     expect(page.locator("#state")).to_have_text("Ready")
+
+
+def test_an_answer_whose_stream_breaks_before_its_first_event_is_not_asked_for_anew(page: Page, served: Served) -> None:
+    expect(page.locator("#send")).to_be_enabled()
+    heads: list[str | None] = []
+
+    def lose_first(route: Route) -> None:
+        heads.append(route.request.headers.get("last-event-id"))
+        if len(heads) == 1:
+            route.fulfill(response=route.fetch(), body="")
+        else:
+            route.continue_()
+
+    page.route("**/v1/chat/completions", lose_first)
+    ask(page, FIRST)
+    expect(page.locator("#turns [data-done=stop], #turns [data-done=length]")).to_be_visible()
+    assert last_answer(page).text_content() == answer(served, FIRST)
+    assert len(heads) == 2
+    assert heads[0] is None
+    assert re.fullmatch(r"chatcmpl-\w+:0", heads[1] or "")
 
 
 def test_rank_0_is_told_of_when_it_dies_and_comes_back(page: Page, served: Served) -> None:

@@ -122,6 +122,7 @@ async function* follow(asked, signal, told) {
       }
       if (response.ok) {
         told(false);
+        last ??= response.headers.get("X-Last-Event-ID");
         for await (const [id, data] of lines(response.body)) {
           if (data === "[DONE]") return;
           const chunk = JSON.parse(data);
