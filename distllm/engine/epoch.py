@@ -25,10 +25,10 @@ from distllm.engine.progress import LoadProgress
 from distllm.engine.reserve import Reserve
 from distllm.engine.sending import gather, pushed_ranks, sending
 from distllm.model.blueprint import Blueprint
+from distllm.net.threads import in_thread
 from distllm.net.wire import WireBroken
 from distllm.plan.holdings import Holdings
 from distllm.plan.replan import loaded_bytes
-from distllm.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
 from distllm.net.address import Interface
-from distllm.threads import in_thread
+from distllm.net.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

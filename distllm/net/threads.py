@@ -1,4 +1,4 @@
-"""Work beside the caller."""
+"""Work beside the caller, whom what cannot be stopped must not hold up."""
 
 from __future__ import annotations
 
